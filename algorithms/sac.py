@@ -13,7 +13,7 @@ Objectives (S seeds, C critics, B batch, O observation, A action; `min` runs ove
     critic       y = r + gamma (1 - terminated) [min Q_target(s', a') - alpha log pi(a'|s')],  a' ~ pi(.|s')    (5), (6)
                  L_Q = sum over C of mean (Q(s, a) - y)^2
     policy       L_pi = mean [alpha log pi(a~|s) - min Q(s, a~)],  a~ = tanh(mean + std * noise)                (7), (9)
-    temperature  L_alpha = -mean log_alpha [log pi(a~|s) + target_entropy],  target_entropy = -A                (17), (18)
+    temperature  L_alpha = -mean log_alpha [log pi(a~|s) + target_entropy],  target_entropy = -A               (17), (18)
     targets      Q_target <- (1 - polyak) Q_target + polyak Q
 
 What differs from the paper and its code, and why.
@@ -30,11 +30,11 @@ Expected:  benchmarks.md has the curves of the runs that made tests/data.
 
 import copy
 import csv
-import io
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -45,10 +45,10 @@ import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from datetime import timedelta
+from importlib.metadata import distributions
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -115,6 +115,12 @@ class Args:
     """with --evaluate: record each seed's first episode to RUN_DIR/videos"""
 
 
+# flags that may differ when a run goes on or is evaluated: they do not change what an update computes
+RESUME_MAY_CHANGE = {"resume", "evaluate", "run_dir", "device", "num_steps", "eval_episodes", "eval_workers"}
+RESUME_MAY_CHANGE |= {"checkpoint_every", "log_every", "capture_video"}
+RESUME_MAY_CHANGE |= {"save_replay", "replay_transitions", "save_rollouts", "num_rollout_steps"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,11 +154,14 @@ class MLP(nn.Module):
     def forward(self, x):
         """x (S, B, in) -> (*lead, B, out)."""
         x = x.view(x.shape[0], *[1] * (len(self.lead) - 1), *x.shape[1:])  # every critic sees the same input
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = F.relu(torch.matmul(x, weight) + bias, inplace=True)
+        *hidden, (weight, bias) = zip(self.weights, self.biases)
+        for w, b in hidden:
+            x = F.relu(torch.matmul(x, w) + b, inplace=True)
             if self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-        return torch.matmul(x, self.weights[-1]) + self.biases[-1]
+        if weight.shape[-1] == 1:  # a single output: the batched product is slow there
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.matmul(x, weight) + bias
 
 
 class TanhGaussianActor(nn.Module):
@@ -208,6 +217,13 @@ class SACAgent(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def minimize(optimizer, loss):
+    """One step of the optimiser on its own parameters; no other parameter gets a gradient."""
+    optimizer.zero_grad()
+    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    optimizer.step()
+
+
 def update(agent, batch, noise, args):
     """One gradient step of every agent; nothing in here waits for the GPU.
 
@@ -224,24 +240,18 @@ def update(agent, batch, noise, args):
         next_q = agent.target_critic(torch.cat([next_obs, next_action], -1)).squeeze(-1).amin(1)  # (S, B)
         target_q = reward + args.gamma * not_terminated * (next_q - alpha * next_log_prob)
     q = agent.critic(torch.cat([obs, action], -1)).squeeze(-1)  # (S, C, B)
-    critic_loss = (q - target_q[:, None]).square().mean(-1).sum()  # sum over S: seeds never mix
-    agent.optimizers["critic"].zero_grad()
-    critic_loss.backward()
-    agent.optimizers["critic"].step()
+    critic_loss = (q - target_q[:, None]).square().mean(-1).sum(1)  # (S,)
+    minimize(agent.optimizers["critic"], critic_loss.sum())  # sum over S: seeds never mix
 
-    # policy, eqs. (7), (9); `inputs` keeps this gradient out of the critics
+    # policy, eqs. (7), (9)
     policy_action, log_prob = agent.actor.sample(obs, noise[1])
     policy_q = agent.critic(torch.cat([obs, policy_action], -1)).squeeze(-1).amin(1)  # (S, B)
-    actor_loss = (alpha * log_prob - policy_q).mean(-1).sum()
-    agent.optimizers["actor"].zero_grad()
-    actor_loss.backward(inputs=list(agent.actor.parameters()))
-    agent.optimizers["actor"].step()
+    actor_loss = (alpha * log_prob - policy_q).mean(-1)  # (S,)
+    minimize(agent.optimizers["actor"], actor_loss.sum())
 
     # temperature, eq. (18): alpha grows while the entropy -log_prob is below its target
     entropy_gap = log_prob.detach().mean(-1) + agent.target_entropy  # (S,)
-    agent.optimizers["alpha"].zero_grad()
-    (-agent.log_alpha * entropy_gap).sum().backward()
-    agent.optimizers["alpha"].step()
+    minimize(agent.optimizers["alpha"], (-agent.log_alpha * entropy_gap).sum())
 
     # targets
     with torch.no_grad():
@@ -249,7 +259,8 @@ def update(agent, batch, noise, args):
             target.lerp_(online, args.polyak)
 
     return {
-        "loss/critic": (q.detach() - target_q[:, None]).square().mean(-1).sum(1),
+        "loss/critic": critic_loss.detach(),
+        "loss/actor": actor_loss.detach(),
         "value/q": q.detach().mean((1, 2)),
         "policy/entropy": -log_prob.detach().mean(-1),
         "policy/alpha": alpha.squeeze(-1),
@@ -257,48 +268,89 @@ def update(agent, batch, noise, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: errors, environments, evaluation, checkpoints, logging
+# Plumbing, the same text in every script: flags, environments, evaluation, checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = Path(__file__).stem
 
 # D4RL's returns of a random and of an expert policy, the 0 and the 100 of a normalised score (Fu et al., 2020)
 D4RL_REFERENCES = {
     "HalfCheetah": (-280.178953, 12135.0),
     "Hopper": (-20.272305, 3234.3),
     "Walker2d": (1.629008, 4592.3),
-    "Ant": (-325.6, 3879.7),
     "AntMaze": (0.0, 1.0),
     "FrankaKitchen": (0.0, 4.0),
-    "AdroitHandPen": (96.262799, 3076.8331017826877),
-    "AdroitHandHammer": (-274.856578, 12794.134825156867),
-    "AdroitHandDoor": (-56.512833, 2880.5693087298737),
-    "AdroitHandRelocate": (-6.425911, 4233.877797728884),
+    "AdroitHandPen": (96.262799, 3076.8331),
+    "AdroitHandHammer": (-274.856578, 12794.134825),
+    "AdroitHandDoor": (-56.512833, 2880.569309),
+    "AdroitHandRelocate": (-6.425911, 4233.877798),
 }
 
-# environments that live outside gymnasium: what their ids begin with, and the package that registers them
+# packages outside gymnasium that register environments, and what the ids of these begin with
 ENV_PACKAGES = {
-    ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "Hand"): "gymnasium_robotics",
-    ("dm_control/",): "shimmy",
-    ("ALE/",): "ale_py",
+    "gymnasium_robotics": ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "Hand"),
+    "shimmy": ("dm_control/",),
+    "ale_py": ("ALE/",),
 }
 
 
 def fail(problem, remedy):
     """Ends the program with exit status 2 and one line: what is wrong; what to do."""
-    print(f"error: {problem}; {remedy}".replace("\n", " "), file=sys.stderr)
+    print(" ".join(f"error: {problem}; {remedy}".split()), file=sys.stderr)
     raise SystemExit(2)
 
 
-def make_env(env_id, env_kwargs=None, **make_kwargs):
-    """gym.make by registered id, with flat observations and with actions in [-1, 1]."""
-    package = next((p for prefixes, p in ENV_PACKAGES.items() if env_id.startswith(prefixes)), None)
+def parse_args():
+    """Args from the command line; with --resume or --evaluate, the run's own flags are the defaults."""
+    args = tyro.cli(Args, description=__doc__.split("\n")[0])
+    run_dir = args.resume or args.evaluate
+    if not run_dir:
+        return args
+    try:
+        config = json.loads((Path(run_dir) / "config.json").read_text())
+        script, stored = config["script"], config["args"]
+    except (OSError, ValueError, KeyError):
+        fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
+    if script != SCRIPT:
+        fail(f"{run_dir} is a run of {script}.py, not of {SCRIPT}.py", f"use {script}.py")
+    stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    args = tyro.cli(Args, default=stored)
+    for name, value in asdict(args).items():
+        if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
+            fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
+    return args
+
+
+def check_range(args, low, high, *names):
+    """Fails unless low <= value <= high for each of these flags."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not (low <= np.min(value) and np.max(value) <= high):
+            fail(f"--{name.replace('_', '-')} {value} is out of range", f"give a value between {low} and {high}")
+
+
+def choose_device(name):
+    """torch.device for --device: auto, cpu, cuda, cuda:1, ..."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
+
+
+def make_env(environment, **make_kwargs):
+    """gym.make by registered id and plain keyword arguments; flat observations, actions in [-1, 1]."""
+    env_id, kwargs = environment["id"], environment["kwargs"]
+    package = next((name for name, prefixes in ENV_PACKAGES.items() if env_id.startswith(prefixes)), None)
     try:
         if package:
             gym.register_envs(__import__(package))
-        env = gym.make(env_id, **(env_kwargs or {}), **make_kwargs)
+        env = gym.make(env_id, **kwargs, **make_kwargs)
     except ImportError as e:
-        fail(f"environment {env_id} needs a package that is not installed ({e})", f"pip install {package or 'it'}")
-    except (gym.error.Error, TypeError) as e:
-        fail(f"environment {env_id} cannot be made ({e})", "check --env-id against gymnasium.pprint_registry()")
+        fail(f"environment {env_id} needs a package that is not installed ({e})", f"pip install {package or e.name}")
+    except Exception as e:  # environments raise what they like on bad arguments
+        fail(f"environment {env_id} cannot be made ({e})", "check the id against gymnasium.pprint_registry()")
     if not isinstance(env.action_space, gym.spaces.Box):
         fail(f"environment {env_id} has {type(env.action_space).__name__} actions", "use one with continuous actions")
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
@@ -308,17 +360,35 @@ def make_env(env_id, env_kwargs=None, **make_kwargs):
     return env
 
 
-def run_episodes(policy, env_id, env_kwargs, env_seeds, video_dir=None):
+def normalized_score(episode_return, references):
+    """100 (return - random) / (expert - random); nan without references."""
+    return 100 * (episode_return - references[0]) / (references[1] - references[0]) if references else math.nan
+
+
+def policy_of_seed(actor, s):
+    """A copy on the CPU of the s-th of the policies that `actor` holds; its tensors keep a seed axis, of length 1."""
+    policy = copy.deepcopy(actor).cpu().eval()
+    for tensor in [*policy.parameters(), *policy.buffers()]:
+        tensor.data = tensor.data[s : s + 1].clone()
+    return policy
+
+
+def episode_seed(*numbers):
+    """An environment seed that depends on agent seed, update and episode, and on nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def run_episodes(policy, environment, env_seeds, video_dir=None):
     """(return, length) of one episode per environment seed; policy.act maps (1, E, O) to (1, E, A) in [-1, 1].
 
     The episodes step side by side, and the batch keeps its size when some are over, so that nobody's rounding
     depends on when the others end.
     """
-    render = [{"render_mode": "rgb_array"} if video_dir and i == 0 else {} for i in range(len(env_seeds))]
-    envs = [make_env(env_id, env_kwargs, **kwargs) for kwargs in render]
+    policy = pickle.loads(policy) if isinstance(policy, bytes) else policy  # as workers get it
+    envs = [make_env(environment, render_mode="rgb_array" if video_dir else None) for _ in env_seeds]
     if video_dir:
-        envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), name_prefix=f"seed-{env_seeds[0]}")
-    obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, env_seeds)]).astype(np.float32)
+        envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), name_prefix=f"episode-{env_seeds[0]}")
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, env_seeds)]).astype(np.float32)
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), int), np.ones(len(envs), bool)
     while running.any():
         with torch.no_grad():
@@ -339,199 +409,165 @@ def start_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def evaluate_pickled(policy, *episode_args):
-    """run_episodes in a worker, for a policy that came as bytes."""
-    return run_episodes(torch.load(io.BytesIO(policy), weights_only=False), *episode_args)
-
-
-def policy_of_seed(actor, s):
-    """A copy on the CPU of the s-th of the policies that `actor` holds; its tensors keep a seed axis of length 1."""
-    policy = copy.deepcopy(actor).cpu().eval()
-    for tensor in [*policy.parameters(), *policy.buffers()]:
-        tensor.data = tensor.data[s : s + 1].clone()
-    return policy
-
-
-def normalized_score(episode_return, references):
-    """100 (return - random) / (expert - random); nan without references."""
-    return 100 * (episode_return - references[0]) / (references[1] - references[0]) if references else math.nan
-
-
 class Evaluator:
-    """Evaluates snapshots of the policies in worker processes, beside training, in the order they were taken.
+    """Evaluates snapshots of the policies in worker processes, beside training, and reports in the order of updates.
 
-    The environment seeds depend on agent, update and episode alone, so neither the number of workers nor a stop
-    and resume changes a result. Rows go to evaluations.csv as soon as a whole evaluation is there.
+    Neither the number of workers nor a stop and resume changes a result.
     """
 
-    def __init__(self, args, env_id, env_kwargs, references, run_dir):
-        self.args, self.env_id, self.env_kwargs, self.references = args, env_id, env_kwargs, references
-        self.csv_path, self.pending, self.pool = run_dir / "evaluations.csv", [], None
+    def __init__(self, args, environment, run_dir, writer):
+        self.args, self.environment, self.writer = args, environment, writer
+        self.csv_path = run_dir / "evaluations.csv"
+        self.pending = {}  # update: (state of the actor then, one job per seed)
         workers = args.eval_workers
         if workers is None:
             workers = max(1, min(args.num_seeds, (os.cpu_count() or 1) - 1))
-        if workers:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers, spawn, start_worker) if workers and args.eval_episodes else None
         if not self.csv_path.exists():
             self.csv_path.write_text("update,seed,episode,return,length,normalized_score\n")
 
     def submit(self, update, actor):
         """Starts the evaluation of every seed's policy as it is now."""
-        snapshot = {name: tensor.cpu().clone() for name, tensor in actor.state_dict().items()}
         jobs = []
-        for s in range(self.args.num_seeds):
-            policy, seed = policy_of_seed(actor, s), self.args.seed + s
-            env_seeds = [
-                np.random.SeedSequence([seed, update, episode]).generate_state(1)[0]
-                for episode in range(self.args.eval_episodes)
-            ]
-            if self.pool:
-                torch.save(policy, pickled := io.BytesIO())
-                job = self.pool.submit(
-                    evaluate_pickled, pickled.getvalue(), self.env_id, self.env_kwargs, env_seeds
-                )
-            else:
-                job = Future()
-                job.set_result(run_episodes(policy, self.env_id, self.env_kwargs, env_seeds))
-            jobs.append(job)
-        self.pending.append((update, snapshot, jobs))
+        for s in range(self.args.num_seeds if self.args.eval_episodes else 0):
+            env_seeds = [episode_seed(self.args.seed + s, update, e) for e in range(self.args.eval_episodes)]
+            job = pickle.dumps(policy_of_seed(actor, s)), self.environment, env_seeds
+            jobs.append(self.pool.submit(run_episodes, *job) if self.pool else Future())
+            if not self.pool:
+                jobs[-1].set_result(run_episodes(*job))
+        if jobs:
+            self.pending[update] = {name: x.cpu().clone() for name, x in actor.state_dict().items()}, jobs
 
     def collect(self, wait=False):
-        """Writes the evaluations that are done (all, if `wait`) and returns [(update, returns (S, E)), ...]."""
-        finished = []
-        while self.pending and (wait or all(job.done() for job in self.pending[0][2])):
-            update, _, jobs = self.pending.pop(0)
-            episodes = [job.result() for job in jobs]
+        """Writes and prints the evaluations that are done (all, if `wait`)."""
+        for update, (_, jobs) in list(self.pending.items()):
+            if not (wait or all(job.done() for job in jobs)):
+                return
+            results = [(self.args.seed + s, e, *r) for s, job in enumerate(jobs) for e, r in enumerate(job.result())]
+            returns = np.array([episode_return for _, _, episode_return, _ in results])
+            scores = normalized_score(returns, self.environment["references"]) * np.ones(len(returns))
             with self.csv_path.open("a", newline="") as file:
-                for s, results in enumerate(episodes):
-                    for episode, (episode_return, length) in enumerate(results):
-                        score = normalized_score(episode_return, self.references)
-                        row = [update, self.args.seed + s, episode, f"{episode_return:.6f}", length, f"{score:.4f}"]
-                        csv.writer(file, lineterminator="\n").writerow(row)
-            finished.append((update, np.array([[r for r, _ in results] for results in episodes])))
-        return finished
+                rows = [(update, *result, f"{score:.4f}") for result, score in zip(results, scores)]
+                csv.writer(file, lineterminator="\n").writerows(rows)
+            self.writer.add_scalar("evaluation/return", returns.mean(), update)
+            self.writer.add_scalar("evaluation/normalized_score", scores.mean(), update)
+            mean, score = returns.mean(), scores.mean()
+            print(f"evaluation at {update:,}: return {mean:.1f}, normalised score {score:.1f}", flush=True)
+            del self.pending[update]
 
     def resume(self, update, pending, actor):
         """Back to the state of a checkpoint: forgets what came after it, starts again what was under way."""
         header, *rows = self.csv_path.read_text().splitlines(keepends=True)
-        keep = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= update]
-        keep = [row for row in keep if int(row.split(",")[0]) not in pending]
-        self.csv_path.write_text(header + "".join(keep))
-        snapshot_actor = copy.deepcopy(actor)
-        for pending_update, snapshot in sorted(pending.items()):
-            snapshot_actor.load_state_dict(snapshot)
-            self.submit(pending_update, snapshot_actor)
+        updates = [int(row.split(",")[0] or 0) for row in rows]
+        kept = [row for row, n in zip(rows, updates) if n <= update and n not in pending]
+        write_atomically(self.csv_path, lambda path: path.write_text(header + "".join(kept)))
+        for past_update, state in sorted(pending.items()):
+            past_actor = copy.deepcopy(actor)
+            past_actor.load_state_dict(state)
+            self.submit(past_update, past_actor)
 
     def close(self):
         if self.pool:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def final_scores(csv_path, num_evaluations=10):
-    """Per seed, the mean return and the mean normalised score over the last evaluations: two arrays (S,)."""
-    with Path(csv_path).open() as file:
-        rows = [(int(r["update"]), int(r["seed"]), float(r["return"]), float(r["normalized_score"])) for r in csv.DictReader(file)]
-    last = set(sorted({row[0] for row in rows})[-num_evaluations:])
-    rows = np.array([row[1:] for row in rows if row[0] in last]).reshape(-1, 3)
-    seeds = np.unique(rows[:, 0])
-    return tuple(np.array([rows[rows[:, 0] == seed, column].mean() for seed in seeds]) for column in (1, 2))
+def print_result(args, run_dir, rate):
+    """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
+    if args.eval_episodes:
+        update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
+        last = np.isin(update, np.unique(update)[-10:])
+        of_seeds = [last & (seed == s) for s in np.unique(seed)]
+        (score, score_std), (mean, std) = (
+            (np.mean(x), np.std(x))
+            for x in ([column[rows].mean() for rows in of_seeds] for column in (scores, returns))
+        )
+        print(
+            f"normalised score {score:.1f} ± {score_std:.1f}, return {mean:.1f} ± {std:.1f} (mean ± standard deviation "
+            f"over {args.num_seeds} seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes; "
+            "score 0 is a random policy, 100 an expert), ", end=""
+        )  # fmt: skip
+    print(f"{rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
-def choose_device(name):
-    """torch.device for --device: auto, cpu, cuda, cuda:1, ..."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def evaluate_run(args, agent_class):
+    """--evaluate: fresh episodes of the policies in a run's checkpoint."""
+    run_dir = Path(args.evaluate)
+    environment = json.loads((run_dir / "config.json").read_text())["environment"]
+    env = make_env(environment)
+    agent = agent_class(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
+    agent.load_state_dict(load_checkpoint(run_dir, "cpu")["agent"])
+    for s in range(args.num_seeds):
+        env_seeds = [episode_seed(args.seed + s, 2**31, e) for e in range(args.eval_episodes or 10)]
+        video_dir = run_dir / "videos" if args.capture_video else None
+        returns, lengths = np.array(run_episodes(policy_of_seed(agent.actor, s), environment, env_seeds, video_dir)).T
+        score = np.mean(normalized_score(returns, environment["references"]))
+        print(
+            f"seed {args.seed + s}: normalised score {score:.1f}, return {returns.mean():.1f} ± {returns.std():.1f} "
+            f"(standard deviation over {len(returns)} episodes of {lengths.mean():.0f} steps on average)"
+        )
+
+
+def create_run_dir(args, name, environment):
+    """A new run folder with config.json: all flags, versions, git commit, command line, evaluation environment."""
+    seeds = f"{args.seed}" if args.num_seeds == 1 else f"{args.seed}-{args.seed + args.num_seeds - 1}"
+    run_dir = Path(args.run_dir or f"runs/{SCRIPT}/{name}/{seeds}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
-    return device
-
-
-def parse_args(script):
-    """Flags of the command line. With --resume or --evaluate the run's own flags are the defaults, and only those
-    that do not change what is computed (and the length of the run) may differ from them."""
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    run_dir = args.resume or args.evaluate
-    if not run_dir:
-        return args
-    try:
-        config = json.loads((Path(run_dir) / "config.json").read_text())
-        stored = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()})
-    except FileNotFoundError:
-        fail(f"{run_dir} holds no run (no config.json)", "give the folder that the run's last line names")
-    except (json.JSONDecodeError, KeyError, TypeError):
-        config, stored = {"script": config.get("script") if "config" in locals() else None}, None
-    if config["script"] != script or stored is None:
-        fail(f"{run_dir} is a run of {config['script']}", f"continue it with algorithms/{config['script']}.py")
-    stored.resume, stored.evaluate, stored.run_dir = args.resume, args.evaluate, run_dir
-    args = tyro.cli(Args, default=stored)
-    return args
+        run_dir.mkdir(parents=True)
+    except OSError as e:
+        fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    config = {
+        "script": SCRIPT,
+        "args": asdict(args),
+        "environment": environment,
+        "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
+        "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "command": shlex.join([sys.executable, *sys.argv]),
+    }
+    write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+    return run_dir
 
 
 def write_atomically(path, write):
     """Calls write(temporary path), then renames: a kill leaves the old file or the new one, never half of it."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)
 
 
-def create_run_dir(args, script, name):
-    """A new run folder with config.json: all flags, versions, git commit and command line."""
-    seeds = f"{args.seed}" if args.num_seeds == 1 else f"{args.seed}-{args.seed + args.num_seeds - 1}"
-    run_dir = Path(args.run_dir or f"runs/{script}/{name}/{seeds}-{time.strftime('%Y%m%d-%H%M%S')}")
+def load_checkpoint(run_dir, device):
+    """checkpoint.pt of a run folder, as it was saved."""
     try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError:
-        fail(f"{run_dir} is there already", "give another --run-dir, or --resume it")
-    except OSError as e:
-        fail(f"{run_dir} cannot be made ({e.strerror})", "give another --run-dir")
-    versions = {"python": sys.version.split()[0]}
-    for package in ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    config = {
-        "script": script,
-        "args": asdict(args),
-        "versions": versions,
-        "git_commit": git.stdout.strip() or None,
-        "command": shlex.join([sys.executable, *sys.argv]),
-    }
-    write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-    return run_dir
+        return torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
+    except Exception as e:  # torch.load raises many kinds of error on a damaged file
+        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start the run again, in another folder")
 
 
 def on_stop_signal():
-    """A list that stays empty until Ctrl-C or SIGTERM asks the loop to stop; a second Ctrl-C stops at once."""
+    """A list that stays empty until Ctrl-C or SIGTERM asks the loop to stop; a second one stops at once."""
     stop = []
 
     def handler(signum, frame):
         stop.append(signum)
-        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_DFL)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handler)
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
     return stop
 
 
-def cuda_graph(step, agent, inputs):
-    """`step(*inputs)` captured as one CUDA graph; call it after copying new values into `inputs`.
+def cuda_graph(step, agent, *inputs):
+    """`step(*inputs)` captured as one CUDA graph: copy new values into `inputs`, then call what this returns.
 
     Capturing needs a few real steps first; whatever they change in the agent is put back.
     """
 
     def persistent():
-        moments = (t for o in agent.optimizers.values() for state in o.state.values() for t in state.values())
-        return [*agent.parameters(), *agent.buffers(), *(t for t in moments if torch.is_tensor(t))]
+        states = [state for optimizer in agent.optimizers.values() for state in optimizer.state.values()]
+        return [*agent.parameters(), *agent.buffers(), *(x for state in states for x in state.values())]
 
-    before = {id(t): t.detach().clone() for t in persistent()}
-    rng_state = torch.cuda.get_rng_state()
+    before = {id(x): x.detach().clone() for x in persistent()}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -539,98 +575,48 @@ def cuda_graph(step, agent, inputs):
             step(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     for optimizer in agent.optimizers.values():
-        optimizer.zero_grad()  # gradients are made anew, inside the graph's own memory
+        optimizer.zero_grad()  # gradients are made anew, in the graph's own memory
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = step(*inputs)
     with torch.no_grad():
-        for t in persistent():
-            t.copy_(before[id(t)]) if id(t) in before else t.zero_()  # fresh Adam moments start at zero
-    torch.cuda.set_rng_state(rng_state)
-
-    def replay():
-        graph.replay()
-        return outputs
-
-    return replay
-
-
-def duration(seconds):
-    """75 -> '1:15'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+        for x in persistent():
+            x.copy_(before[id(x)]) if id(x) in before else x.zero_()  # fresh Adam moments start at zero
+    return lambda: (graph.replay(), outputs)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plumbing of the online scripts: interaction, and writing what was seen as a Minari dataset
+# Plumbing of the online scripts: writing what was seen as a Minari dataset
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def episode_seed(seed, env_index, episode):
-    """The seed that this episode's environment is reset with."""
-    return int(np.random.SeedSequence([seed, env_index, episode, 1]).generate_state(1)[0])
 
 
 def split_episodes(rows, ends, widths):
-    """Cuts one environment's packed transitions (T, width) with ends (T,) {0 no, 1 terminated, 2 truncated} into
-    [(observations (T_i + 1, O), actions, rewards, terminations, truncations), ...]; an unfinished last episode is
-    kept and counts as truncated."""
-    cuts = [*(np.flatnonzero(ends) + 1), *([len(rows)] if len(rows) and not ends[-1] else [])]
+    """One environment's packed transitions (T, width), cut after every end (T,) {0 none, 1 terminated, 2 truncated}.
+
+    Returns [(observations (T_i + 1, O), actions, rewards, terminations, truncations), ...]; the unfinished last
+    episode is kept and counts as truncated.
+    """
+    cuts = sorted({0, len(rows), *(np.flatnonzero(ends) + 1)})
     episodes = []
-    for first, last in zip([0, *cuts], cuts):
+    for first, last in pairwise(cuts):
         obs, action, reward, next_obs, _ = np.split(rows[first:last], np.cumsum(widths)[:-1], axis=1)
-        terminated = ends[first:last] == 1
-        truncated = ends[first:last] == 2
+        terminated, truncated = ends[first:last] == 1, ends[first:last] == 2
         truncated[-1] = not terminated[-1]
         episodes.append((np.concatenate([obs, next_obs[-1:]]), action, reward[:, 0], terminated, truncated))
     return episodes
 
 
 def thin(episodes, num_transitions):
-    """Every k-th episode, evenly spaced, so that about num_transitions are left."""
-    share = num_transitions / sum(len(episode[2]) for episode in episodes)
+    """Evenly spaced whole episodes that hold about num_transitions, or all of them."""
+    share = min(1, num_transitions / sum(len(reward) for _, _, reward, _, _ in episodes))
     return [e for i, e in enumerate(episodes) if math.floor((i + 1) * share) > math.floor(i * share)]
 
 
-def save_minari(path, episodes, env, references, description):
-    """Writes episodes as a Minari dataset to the folder `path` (made; must not exist), float32 throughout."""
-    import minari
-    from minari.data_collector import EpisodeBuffer
-
-    buffers = [
-        EpisodeBuffer(id=i, observations=o, actions=a, rewards=r, terminations=d, truncations=t)
-        for i, (o, a, r, d, t) in enumerate(episodes)
-    ]
-    space = env.observation_space
-    with tempfile.TemporaryDirectory() as root:
-        before = os.environ.get("MINARI_DATASETS_PATH")
-        os.environ["MINARI_DATASETS_PATH"] = root
-        minari.create_dataset_from_buffers(
-            "dataset-v0",
-            buffers,
-            env=env.spec.id,
-            observation_space=gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32),
-            action_space=gym.spaces.Box(-1, 1, env.action_space.shape, np.float32),
-            ref_min_score=references[0],
-            ref_max_score=references[1],
-            algorithm_name="SAC",
-            author="offline RL reference scripts",
-            author_email="none",
-            code_permalink="none",
-            description=description,
-        )
-        os.environ.pop("MINARI_DATASETS_PATH")
-        if before is not None:
-            os.environ["MINARI_DATASETS_PATH"] = before
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(str(Path(root) / "dataset-v0"), str(path))
-
-
-def rollout(policy, env_id, num_steps, seed):
-    """Episodes of the stochastic policy of one seed, as split_episodes returns them, until num_steps are there."""
-    env, generator, episodes, total = make_env(env_id), torch.Generator().manual_seed(seed), [], 0
+def rollout(policy, environment, num_steps, seed):
+    """Whole episodes of one seed's stochastic policy, num_steps or just over, as split_episodes returns them."""
+    env, generator, episodes, total = make_env(environment), torch.Generator().manual_seed(seed), [], 0
     while total < num_steps:
-        obs, over = env.reset(seed=episode_seed(seed, 10**6, len(episodes)))[0], False
+        obs, over = env.reset(seed=episode_seed(seed, 10**6, len(episodes), 1))[0], False
         observations, actions, rewards = [obs], [], []
         while not over:
             noise = torch.randn(1, 1, env.action_space.shape[0], generator=generator)
@@ -646,182 +632,200 @@ def rollout(policy, env_id, num_steps, seed):
     return episodes
 
 
+def save_minari(path, episodes, environment, references, description):
+    """Writes episodes, as split_episodes returns them, to a new folder `path` that Minari and our scripts can read.
+
+    references: returns of a random and of the best policy. Actions are written in the environment's own units.
+    """
+    import minari
+
+    space = make_env(environment).unwrapped.action_space
+    if not (np.all(space.low == -1) and np.all(space.high == 1)):
+        scaled = [(o, space.low + (a + 1) / 2 * (space.high - space.low), *rest) for o, a, *rest in episodes]
+        episodes = [(o, np.float32(a), *rest) for o, a, *rest in scaled]
+    keys = "observations", "actions", "rewards", "terminations", "truncations"
+    buffers = [minari.data_collector.EpisodeBuffer(id=i, **dict(zip(keys, e))) for i, e in enumerate(episodes)]
+    with tempfile.TemporaryDirectory() as root:
+        os.environ["MINARI_DATASETS_PATH"] = root  # Minari writes below this folder only
+        minari.create_dataset_from_buffers(
+            "new-v0",
+            buffers,
+            env=environment["id"],
+            eval_env=environment["id"],
+            observation_space=gym.spaces.Box(-np.inf, np.inf, episodes[0][0].shape[1:], np.float32),
+            action_space=gym.spaces.Box(space.low, space.high, dtype=np.float32),
+            ref_min_score=references[0],
+            ref_max_score=references[1],
+            algorithm_name="SAC",
+            author="algorithms/sac.py",
+            author_email="unknown",
+            code_permalink="unknown",
+            description=description,
+        )
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(Path(root) / "new-v0", path)
+    returns = [e[2].sum() for e in episodes]
+    print(
+        f"{len(episodes):,} episodes, {sum(len(e[2]) for e in episodes):,} transitions, return {np.mean(returns):.1f} ± "
+        f"{np.std(returns):.1f}, best {np.max(returns):.1f} -> {path}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def main():
-    args = parse_args("sac")
-    device = choose_device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    S, E = args.num_seeds, args.num_envs
+    args = parse_args()
+    check_range(
+        args, 1, math.inf, "num_seeds", "num_envs", "num_steps", "batch_size", "learning_starts", "hidden_sizes"
+    )
+    check_range(
+        args, 1, math.inf, "eval_every", "checkpoint_every", "log_every", "replay_transitions", "num_rollout_steps"
+    )
+    check_range(args, 0, math.inf, "seed", "learning_rate", "eval_episodes", "eval_workers")
+    check_range(args, 0, 1, "gamma", "polyak")
     for folder in (args.save_replay, args.save_rollouts):
         if folder and Path(folder).exists():
             fail(f"{folder} is there already", "give another folder to write the dataset to")
-    if min(S, E, args.num_steps, args.batch_size, args.learning_starts, args.eval_every) < 1:
-        fail("a count is below 1", "give positive numbers of seeds, environments, steps and transitions")
+    if args.evaluate:
+        return evaluate_run(args, SACAgent)
+    device, S, E = choose_device(args.device), args.num_seeds, args.num_envs
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
 
-    envs = [[make_env(args.env_id) for _ in range(E)] for _ in range(S)]
-    obs_dim, action_dim = envs[0][0].observation_space.shape[0], envs[0][0].action_space.shape[0]
     references = D4RL_REFERENCES.get(args.env_id.split("-")[0].split("_")[0])
+    environment = {"id": args.env_id, "kwargs": {}, "references": references}
+    envs = [[make_env(environment) for _ in range(E)] for _ in range(S)]
+    obs_dim, action_dim = envs[0][0].observation_space.shape[0], envs[0][0].action_space.shape[0]
     agent = SACAgent(obs_dim, action_dim, args, device)
-
-    # the whole log stays on the device: rows (S, T, E, width), and how each row ended its episode
-    T = -(-args.num_steps // E)
-    replay = torch.zeros(S, T, E, sum(agent.widths), device=device)
-    ends = np.zeros((S, T, E), np.uint8)  # 0 goes on, 1 terminated, 2 truncated
-    generators = [torch.Generator(device).manual_seed(seed) for seed in range(args.seed, args.seed + S)]
+    generators = [torch.Generator(device).manual_seed(args.seed + s) for s in range(S)]
 
     def draw(sampler, *shape):
-        """One draw per seed from its own generator: (S, *shape)."""
+        """One draw per seed, each from its own generator: (S, *shape)."""
         return torch.stack([sampler(*shape, device=device, generator=generator) for generator in generators])
 
-    # what an update reads stands in fixed places, so that a CUDA graph can replay it
-    index = torch.zeros(S, args.batch_size, dtype=torch.long, device=device)
-    noise = torch.zeros(2, S, args.batch_size, action_dim, device=device)
+    # the whole log stays on the device: T steps of E environments, and how each of them ended its episode
+    T = -(-args.num_steps // E)
+    replay = torch.zeros(S, T, E, sum(agent.widths), device=device)
+    ends = np.zeros((S, T, E), np.uint8)  # 0 not at all, 1 terminated, 2 truncated
     flat_replay, seed_index = replay.view(S, T * E, -1), torch.arange(S, device=device)[:, None]
+    t, episode_number = 0, np.zeros((S, E), int)
 
-    def step(index, noise):
-        return update(agent, flat_replay[seed_index, index], noise, args)
-
-    row, episode_number = 0, np.zeros((S, E), int)
-    if args.resume or args.evaluate:
-        run_dir = Path(args.run_dir)
-        try:
-            checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-        except FileNotFoundError:
-            fail(f"{run_dir} has no checkpoint yet", "start the run again in a new folder")
+    checkpoint = load_checkpoint(args.resume, device) if args.resume else None
+    run_dir = Path(args.resume) if args.resume else create_run_dir(args, args.env_id.replace("/", "-"), environment)
+    if checkpoint:
+        t, episode_number = checkpoint["t"], checkpoint["episode_number"].cpu().numpy()
+        replay[:, :t], ends[:, :t] = checkpoint["replay"], checkpoint["ends"].cpu().numpy()
         agent.load_state_dict(checkpoint["agent"])
-    if args.evaluate:
-        for s in range(S):
-            seeds = [episode_seed(args.seed + s, 10**6 + 1, e) for e in range(args.eval_episodes)]
-            video_dir = run_dir / "videos" if args.capture_video else None
-            episodes = np.array(run_episodes(policy_of_seed(agent.actor, s), args.env_id, None, seeds, video_dir))
-            print(f"seed {args.seed + s}: return {episodes[:, 0].mean():.1f} ± {episodes[:, 0].std():.1f} over "
-                  f"{len(episodes)} episodes of {episodes[:, 1].mean():.0f} steps")
-        return
-    if not args.resume:
-        run_dir = create_run_dir(args, "sac", args.env_id.replace("/", "-"))
-    evaluator = Evaluator(args, args.env_id, None, references, run_dir)
-    obs = np.zeros((S, E, obs_dim), np.float32)
-    if args.resume:
         for name, optimizer in agent.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][name])
         for generator, state in zip(generators, checkpoint["generators"]):
             generator.set_state(state.cpu())
-        row, episode_number = checkpoint["row"], checkpoint["episode_number"].numpy()
-        replay[:, :row], ends[:, :row] = checkpoint["replay"], checkpoint["ends"].numpy()
-        evaluator.resume(row * E, checkpoint["pending_evaluations"], agent.actor)
+    writer = SummaryWriter(run_dir, purge_step=t * E)
+    evaluator = Evaluator(args, environment, run_dir, writer)
+    if checkpoint:
+        evaluator.resume(t * E, checkpoint["pending_evaluations"], agent.actor)
+
+    def reset(s, e):
+        """First observation of the episode that environment e of seed s is at."""
+        return envs[s][e].reset(seed=episode_seed(args.seed + s, e, int(episode_number[s, e]), 1))[0]
+
+    # an environment's state is the seed of its episode and the actions since: a resumed run plays them again
+    obs, episode_return = np.zeros((S, E, obs_dim), np.float32), np.zeros((S, E))
     for s, e in np.ndindex(S, E):
-        # an environment's state is its episode's seed and the actions since: play them again
-        obs[s, e] = envs[s][e].reset(seed=episode_seed(args.seed + s, e, episode_number[s, e]))[0]
-        first = row - next((k for k in range(row) if ends[s, row - 1 - k, e]), row)
-        for action in replay[s, first:row, e, obs_dim : obs_dim + action_dim].cpu().numpy():
-            obs[s, e] = envs[s][e].step(action)[0]
+        obs[s, e] = reset(s, e)
+        start = np.flatnonzero(np.r_[1, ends[s, :t, e]])[-1]
+        for action in replay[s, start:t, e, obs_dim : obs_dim + action_dim].cpu().numpy():
+            obs[s, e], reward, *_ = envs[s][e].step(action)
+            episode_return[s, e] += reward
 
-    if device.type == "cuda":
-        replayed = cuda_graph(step, agent, (index, noise))
-    writer = SummaryWriter(run_dir, purge_step=row * E)
-    stop, started, first_row, printed, metrics = on_stop_signal(), time.time(), row, 0.0, {}
-    episode_return, latest = np.zeros((S, E)), "no evaluation yet"
+    # what an update reads stands in fixed places, so that a CUDA graph can replay it
+    index = torch.zeros(S, args.batch_size, dtype=torch.long, device=device)
+    noise = torch.zeros(2, S, args.batch_size, action_dim, device=device)
 
-    def save_checkpoint():
-        contents = {
-            "agent": agent.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()},
-            "generators": [generator.get_state() for generator in generators],
-            "row": row,
-            "episode_number": torch.from_numpy(episode_number),
-            "replay": replay[:, :row].clone(),
-            "ends": torch.from_numpy(ends[:, :row].copy()),
-            "pending_evaluations": {update: snapshot for update, snapshot, _ in evaluator.pending},
-        }
-        write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(contents, path))
+    def run_update(index, noise):
+        return update(agent, flat_replay[seed_index, index], noise, args)
 
-    def report(finished):
-        nonlocal latest
-        for evaluated_step, returns in finished:
-            writer.add_scalar("evaluation/return", returns.mean(), evaluated_step)
-            writer.add_scalar("evaluation/normalized_score", normalized_score(returns, references).mean(), evaluated_step)
-            latest = f"evaluation at {evaluated_step:,}: return {returns.mean():.1f} (score {normalized_score(returns.mean(), references):.1f})"
-            print(latest, flush=True)
-
-    def every(n):
-        """Whether the step that just ended passed a multiple of n environment steps."""
-        return row * E // n > (row - 1) * E // n
-
-    while row < T and not stop:
-        # act
-        if row * E < args.learning_starts:
+    graph = cuda_graph(run_update, agent, index, noise) if device.type == "cuda" else None
+    stop, started, printed, first_t, metrics, stopped = on_stop_signal(), time.time(), time.time(), t, {}, False
+    while t < T and not stopped:
+        # act: at random first, then from the policy
+        if t * E < args.learning_starts:
             action = draw(torch.rand, E, action_dim) * 2 - 1  # (S, E, A)
         else:
             with torch.no_grad():
                 action = agent.actor.sample(torch.from_numpy(obs).to(device), draw(torch.randn, E, action_dim))[0]
-        actions = action.cpu().numpy()
-        transitions = np.zeros((S, E, sum(agent.widths)), np.float32)
+        action = action.cpu().numpy()
+        rows = np.zeros((S, E, sum(agent.widths)), np.float32)
         for s, e in np.ndindex(S, E):
-            next_obs, reward, terminated, truncated, _ = envs[s][e].step(actions[s, e])
-            transitions[s, e] = np.concatenate([obs[s, e], actions[s, e], [reward], next_obs, [not terminated]])
+            next_obs, reward, terminated, truncated, _ = envs[s][e].step(action[s, e])
+            rows[s, e] = np.concatenate([obs[s, e], action[s, e], [reward], next_obs, [not terminated]])
             obs[s, e], episode_return[s, e] = next_obs, episode_return[s, e] + reward
             if terminated or truncated:
-                ends[s, row, e] = 1 if terminated else 2
+                ends[s, t, e] = 1 if terminated else 2
                 episode_number[s, e] += 1
-                obs[s, e] = envs[s][e].reset(seed=episode_seed(args.seed + s, e, episode_number[s, e]))[0]
-                writer.add_scalar(f"train/return_seed{args.seed + s}", episode_return[s, e], row * E)
-                episode_return[s, e] = 0
-        replay[:, row] = torch.from_numpy(transitions).to(device)
-        row += 1
+                writer.add_scalar(f"train/return_seed{args.seed + s}", episode_return[s, e], t * E)
+                obs[s, e], episode_return[s, e] = reset(s, e), 0
+        replay[:, t] = torch.from_numpy(rows).to(device)
+        t += 1
 
-        # learn: as many updates as transitions came in
-        if row * E >= args.learning_starts:
-            for _ in range(E):
-                index.copy_((draw(torch.rand, args.batch_size) * (row * E)).long())
-                noise.copy_(torch.stack([draw(torch.randn, args.batch_size, action_dim) for _ in range(2)]))
-                metrics = replayed() if device.type == "cuda" else step(index, noise)
+        # learn: one update per transition and seed
+        for _ in range(E if t * E >= args.learning_starts else 0):
+            index.copy_((draw(torch.rand, args.batch_size) * (t * E)).long())
+            noise.copy_(torch.stack([draw(torch.randn, args.batch_size, action_dim) for _ in range(2)]))
+            metrics = graph() if graph else run_update(index, noise)
 
-        # report
-        report(evaluator.collect())
-        if every(args.eval_every) or row == T:
-            evaluator.submit(row * E, agent.actor)
-        if every(args.log_every):
-            for name, value in metrics.items():
-                writer.add_scalar(name, value.mean().item(), row * E)
-            rate = (row - first_row) * E / (time.time() - started)
-            if time.time() - printed > 5:
-                printed = time.time()
-                print(f"step {row * E:,}/{T * E:,}  {rate:.0f} steps/s  {duration((T - row) * E / rate)} left", flush=True)
-        if every(args.checkpoint_every) or row == T or stop:
-            save_checkpoint()
+        # evaluate, log, save
+        done, stopped = t == T, bool(stop)
+        passed = [t * E // n > (t - 1) * E // n for n in (args.eval_every, args.log_every, args.checkpoint_every)]
+        if passed[0] or done:
+            evaluator.submit(t * E, agent.actor)
+        evaluator.collect(wait=done)
+        if passed[1]:
+            for tag, value in metrics.items():
+                writer.add_scalar(tag, value.mean().item(), t * E)
+        rate = (t - first_t) * E / (time.time() - started)
+        if time.time() - printed > 5 or done:
+            printed = time.time()
+            left = timedelta(seconds=int((T - t) * E / rate))
+            print(f"step {t * E:,}/{T * E:,}, {rate:.0f} steps/s, {left} left", flush=True)
+        if passed[2] or done or stopped:
+            state = {
+                "t": t,
+                "agent": agent.state_dict(),
+                "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()},
+                "generators": [generator.get_state() for generator in generators],
+                "episode_number": torch.from_numpy(episode_number),
+                "replay": replay[:, :t].clone(),
+                "ends": torch.from_numpy(ends[:, :t].copy()),
+                "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},
+            }
+            write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))  # noqa: B023
 
-    if stop:
-        evaluator.close()
-        print(f"stopped at step {row * E:,}; continue with: python algorithms/sac.py --resume {run_dir}")
-        raise SystemExit(128 + stop[0])
-    report(evaluator.collect(wait=True))
-    save_checkpoint()
     evaluator.close()
     writer.close()
+    if t < T:
+        print(f"stopped at step {t * E:,}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(128 + stop[0])
 
+    # the first seed's data, if asked for
+    command = f"{shlex.join(sys.argv)} (SAC, {T * E} steps, seed {args.seed})"
     if args.save_replay:
-        episodes = [ep for e in range(E) for ep in split_episodes(replay[0, :, e].cpu().numpy(), ends[0, :, e], agent.widths)]
-        best = max(float(ep[2].sum()) for ep in episodes)
-        random_returns = [float(ep[2].sum()) for ep in episodes[: max(1, sum(ends[0, : args.learning_starts].flat > 0))]]
-        if args.replay_transitions:
-            episodes = thin(episodes, args.replay_transitions)
-        description = f"Training log of SAC, {T * E} steps, seed {args.seed}: {shlex.join(sys.argv)}"
-        save_minari(args.save_replay, episodes, envs[0][0], references or (float(np.mean(random_returns)), best), description)
-        print(f"{len(episodes)} episodes, {sum(len(ep[2]) for ep in episodes):,} transitions -> {args.save_replay}")
+        episodes = [
+            x for e in range(E) for x in split_episodes(replay[0, :, e].cpu().numpy(), ends[0, :, e], agent.widths)
+        ]
+        returns = [float(reward.sum()) for _, _, reward, _, _ in episodes]
+        num_random = max(1, np.count_nonzero(ends[0, : args.learning_starts // E]))
+        references = references or (float(np.mean(returns[:num_random])), max(returns))
+        kept = thin(episodes, args.replay_transitions or T * E)
+        save_minari(args.save_replay, kept, environment, references, f"Training log: {command}")
     if args.save_rollouts:
-        episodes = rollout(policy_of_seed(agent.actor, 0), args.env_id, args.num_rollout_steps, args.seed)
-        returns = [float(ep[2].sum()) for ep in episodes]
-        description = f"Rollouts of a SAC policy after {T * E} steps, seed {args.seed}: {shlex.join(sys.argv)}"
-        save_minari(args.save_rollouts, episodes, envs[0][0], references or (min(returns), max(returns)), description)
-        print(f"{len(episodes)} episodes, return {np.mean(returns):.1f} ± {np.std(returns):.1f} -> {args.save_rollouts}")
-
-    returns, scores = final_scores(run_dir / "evaluations.csv")
-    print(f"return {returns.mean():.1f} ± {returns.std():.1f}, normalised score {scores.mean():.1f} ± {scores.std():.1f} "
-          f"(mean ± standard deviation over {S} seeds of the mean over the last 10 evaluations, "
-          f"{args.eval_episodes} episodes each) after {T * E:,} steps, "
-          f"{(T - first_row) * E / (time.time() - started):.0f} steps/s and seed; results in {run_dir}")
+        episodes = rollout(policy_of_seed(agent.actor, 0), environment, args.num_rollout_steps, args.seed)
+        returns = [float(reward.sum()) for _, _, reward, _, _ in episodes]
+        references = references or (min(returns), max(returns))
+        save_minari(args.save_rollouts, episodes, environment, references, f"Rollouts of the last policy: {command}")
+    print_result(args, run_dir, rate)
 
 
 if __name__ == "__main__":
