@@ -232,26 +232,31 @@ class MLP(nn.Module):
 
     def __init__(self, lead, sizes, init, generators, dropout=0.0):
         super().__init__()
-        self.lead, self.dropout = lead, dropout
-        self.weights = nn.ParameterList(torch.zeros(*lead, i, o) for i, o in pairwise(sizes))
-        self.biases = nn.ParameterList(torch.zeros(*lead, 1, o) for o in sizes[1:])
-        with torch.no_grad():
-            for seed, generator in enumerate(generators):
-                for weight, bias in zip(self.weights, self.biases):
-                    for w, b in zip(weight[seed].view(-1, *weight.shape[-2:]), bias[seed].view(-1, bias.shape[-1])):
-                        init(w, b, generator)
+        self.lead, self.dropout, self.layers = lead, dropout, []
+        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+            weight, bias = torch.zeros(*lead, fan_in, fan_out), torch.zeros(*lead, 1, fan_out)
+            for s, generator in enumerate(generators):
+                for w, b in zip(weight[s].view(-1, fan_in, fan_out), bias[s].view(-1, fan_out)):
+                    init(w, b, generator)
+            self.layers.append((nn.Parameter(weight), nn.Parameter(bias)))
+            self.register_parameter(f"weight{i}", self.layers[i][0])
+            self.register_parameter(f"bias{i}", self.layers[i][1])
 
     def forward(self, x):
         """x (S, B, in) -> (*lead, B, out)."""
-        x = x.view(x.shape[0], *[1] * (len(self.lead) - 1), *x.shape[1:])  # every critic sees the same input
-        *hidden, (weight, bias) = zip(self.weights, self.biases)
-        for w, b in hidden:
-            x = F.relu(torch.matmul(x, w) + b, inplace=True)
-            if self.dropout:
-                x = F.dropout(x, self.dropout, self.training)
-        if weight.shape[-1] == 1:  # a single output: the batched product is slow there
-            return (x * weight.mT).sum(-1, keepdim=True) + bias
-        return torch.matmul(x, weight) + bias
+        if len(self.lead) > 1:  # every critic of a seed sees the same input
+            x = x[:, None].expand(-1, self.lead[1], -1, -1).flatten(0, 1)
+        for i, (weight, bias) in enumerate(self.layers):
+            weight, bias = weight.flatten(0, -3), bias.flatten(0, -3)  # the batched product takes one leading axis
+            if weight.shape[-1] > 1:
+                x = torch.baddbmm(bias, x, weight)
+            else:  # a matrix times a vector, which baddbmm is slow at
+                x = (x * weight.mT).sum(-1, keepdim=True) + bias
+            if i < len(self.layers) - 1:
+                x = F.relu(x, inplace=True)
+                if self.dropout:
+                    x = F.dropout(x, self.dropout, self.training)
+        return x.unflatten(0, self.lead)
 
 
 class GaussianActor(nn.Module):

@@ -97,6 +97,11 @@ def write_d4rl(path, episodes, next_observations=True):
         file["observations"] = np.concatenate([o[:-1] for o in obs])
         if next_observations:
             file["next_observations"] = np.concatenate([o[1:] for o in obs])
-        for name, value in (("actions", action), ("rewards", reward), ("terminals", terminated), ("timeouts", truncated)):
+        for name, value in (
+            ("actions", action),
+            ("rewards", reward),
+            ("terminals", terminated),
+            ("timeouts", truncated),
+        ):
             file[name] = np.concatenate(value)
     return Path(path)

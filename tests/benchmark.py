@@ -1,0 +1,430 @@
+"""Throughput and scores, the two kinds of numbers in benchmarks.md.
+
+python tests/benchmark.py throughput                     updates per second beside the matrix-product floor
+python tests/benchmark.py scores                         runs what is missing from the grids, then writes the tables
+python tests/benchmark.py scores --grids p_base --jobs 2 one grid, two runs at a time
+python tests/benchmark.py tables                         tables and pictures from what is there
+
+`scores` appends to results/scores.csv and results/curves.csv after every run; a run that is there is not made again,
+so an interrupted grid goes on where it stopped.
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from threading import Lock
+from typing import Annotated
+
+import harness
+import numpy as np
+import torch
+import tyro
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Throughput
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mlp_products(sizes, batch, backward, copies=1):
+    """Matrix products (m, k, n) of `copies` MLPs on a batch: forward, and backward but for the input's gradient."""
+    products = []
+    for layer, (i, o) in enumerate(pairwise(sizes)):
+        products.append((batch, i, o))
+        if backward:
+            products.append((i, batch, o))  # weights
+            if layer > 0:
+                products.append((batch, o, i))  # input of the layer
+    return products * copies
+
+
+def iql_products(O, A, B, H):  # noqa: E741
+    """Every matrix product that one IQL update of one seed cannot do without."""
+    return [
+        *mlp_products([O, *H, 1], B, backward=True),  # V step
+        *mlp_products([O, *H, 1], 2 * B, backward=False),  # V(s), V(s') after it
+        *mlp_products([O + A, *H, 1], B, backward=False, copies=2),  # target critics
+        *mlp_products([O + A, *H, 1], B, backward=True, copies=2),  # critics
+        *mlp_products([O, *H, A], B, backward=True),  # actor
+    ]
+
+
+def iql_update_path(sampler, num_seeds, device, num_transitions=200_000, obs_dim=11, action_dim=3):
+    """The update path of iql_red.py's main loop on synthetic transitions: a function that runs n updates."""
+    iql = harness.load("iql_red")
+    args = iql.Args(sampler=sampler, num_seeds=num_seeds)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(num_transitions, 2 * obs_dim + action_dim + 2)).astype(np.float32)
+    rows[:, obs_dim : obs_dim + action_dim] = np.tanh(rows[:, obs_dim : obs_dim + action_dim])
+    rows[:, -1] = rng.random(num_transitions) > 0.01
+    lengths = np.full(num_transitions // 100, 100)
+    dataset = iql.Dataset(rows, lengths, rng.normal(size=len(lengths)), obs_dim, action_dim, {"id": None})
+    draw = iql.Sampler(iql.sampling_probabilities(dataset, args), device)
+    transitions = torch.from_numpy(rows).to(device)
+    agent = iql.IQLAgent(obs_dim, action_dim, args, device)
+    generators = [torch.Generator(device).manual_seed(s) for s in range(num_seeds)]
+
+    def run_updates(index):
+        for row in index:
+            metrics = iql.update(agent, transitions[row], args)
+        return metrics
+
+    graph_index = torch.zeros(
+        iql.UPDATES_PER_GRAPH, num_seeds, args.batch_size, dtype=torch.long, device=device
+    )  # fmt: skip
+    replay = iql.cuda_graph(run_updates, agent, graph_index) if device.type == "cuda" else None
+
+    def draw_block():
+        shape = iql.UPDATES_PER_BLOCK, args.batch_size
+        u = [torch.rand(shape, generator=g, dtype=torch.float64, device=device) for g in generators]
+        return draw(torch.stack(u, 1))
+
+    def run(num_updates):
+        for _ in range(max(1, num_updates // iql.UPDATES_PER_BLOCK)):
+            for index in draw_block()[:num_updates].split(iql.UPDATES_PER_GRAPH):
+                if replay and len(index) == iql.UPDATES_PER_GRAPH:
+                    graph_index.copy_(index)
+                    replay()
+                else:
+                    run_updates(index)
+
+    return run, lambda n: [draw_block() for _ in range(max(1, n // iql.UPDATES_PER_BLOCK))]
+
+
+# script: (function that makes its update path, function that lists its matrix products)
+UPDATE_PATHS = {"iql_red": (iql_update_path, iql_products)}
+
+
+def seconds_of(run, n, device, threads):
+    """Time of run(n): CPU-seconds on one CPU thread, which other processes hardly disturb; else wall time."""
+    clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+    start = clock()
+    run(n)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+@dataclass
+class Throughput:
+    """Updates per second of a script's update path, beside the same matrix products and nothing else."""
+
+    scripts: tuple[str, ...] = tuple(UPDATE_PATHS)
+    """which scripts"""
+    threads: int = 1
+    """CPU threads"""
+    rounds: int = 7
+    """rounds; each measures every variant once, in turn, so that ratios compare neighbours in time"""
+    updates: int = 200
+    """updates per variant and round"""
+    device: str = "auto"
+    """as in the scripts"""
+
+    def run(self):
+        torch.set_num_threads(self.threads)
+        for script in self.scripts:
+            path, list_products = UPDATE_PATHS[script]
+            device = harness.load(script).choose_device(self.device)
+            args = harness.load(script).Args()
+            products = list_products(11, 3, args.batch_size, args.hidden_sizes)
+            operands = [(torch.randn(m, k, device=device), torch.randn(k, n, device=device)) for m, k, n in products]
+            outs = [torch.empty(m, n, device=device) for m, _, n in products]
+
+            def floor(n, operands=operands, outs=outs):
+                for _ in range(n):
+                    for (a, b), out in zip(operands, outs):
+                        torch.mm(a, b, out=out)
+
+            uniform, draw_uniform = path("uniform", 1, device)
+            red, draw_red = path("red", 1, device)
+            five, _ = path("red", 5, device)
+            variants = {
+                "floor": (floor, self.updates),
+                "uniform, 1 seed": (uniform, self.updates),
+                "red, 1 seed": (red, self.updates),
+                "red, 5 seeds": (five, max(100, self.updates // 2)),
+                "sampler uniform": (draw_uniform, self.updates),
+                "sampler red": (draw_red, self.updates),
+            }
+            times = defaultdict(list)  # seconds per update, one entry a round
+            for round_number in range(self.rounds + 1):
+                for name, (run, n) in variants.items():
+                    seconds = seconds_of(run, n, device, self.threads) / n
+                    if round_number:  # the first round warms up
+                        times[name].append(seconds)
+            rate = {name: 1 / np.median(t) for name, t in times.items()}
+            ratio = {name: np.median(np.array(times["floor"]) / times[name]) for name in times}
+            flops = 2 * sum(m * k * n for m, k, n in products) * rate["floor"] / 1e9
+            print(
+                f"{script} on {hardware(device)}, {self.threads} thread(s), batch {args.batch_size}, median of {self.rounds}"
+            )
+            print(f"  matrix products alone, 1 seed {rate['floor']:8.1f} updates/s ({flops:.0f} GFLOP/s)")
+            for name in ("uniform, 1 seed", "red, 1 seed"):
+                print(f"  {name:29s} {rate[name]:8.1f} updates/s = {ratio[name]:.0%} of that floor")
+            per_seed = np.median(5 * np.array(times["red, 1 seed"]) / times["red, 5 seeds"])
+            print(f"  {'red, 5 seeds':29s} {5 * rate['red, 5 seeds']:8.1f} seed-updates/s = {per_seed:.2f} x one seed")
+            share = {
+                name: np.median(times[f"sampler {name}"]) / np.median(times[f"{name}, 1 seed"])
+                for name in ("uniform", "red")
+            }
+            slower = np.median(np.array(times["red, 1 seed"]) / times["uniform, 1 seed"]) - 1
+            print(
+                f"  share of the sampler: uniform {share['uniform']:.2%}, red {share['red']:.2%}; red costs {slower:+.1%}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cell:
+    """One run: a script on a dataset, several seeds side by side."""
+
+    grid: str
+    script: str
+    dataset: str
+    variant: str
+    """name of the column"""
+    flags: tuple[str, ...]
+    num_seeds: int
+    num_updates: int
+
+    @property
+    def key(self):
+        return self.grid, self.script, self.dataset, self.variant, str(self.num_updates)
+
+    @property
+    def command(self):
+        """The command line that fills this cell."""
+        every = max(1, self.num_updates // 20)
+        return [
+            f"algorithms/{self.script}.py", "--dataset", self.dataset, *self.flags, "--num-seeds", str(self.num_seeds),
+            "--num-updates", str(self.num_updates), "--eval-every", str(every), "--eval-workers", "0",
+        ]  # fmt: skip
+
+
+def iql_cells(grid, dataset, samplers, num_seeds, num_updates):
+    """IQL under several samplers; PointMaze takes IQL's AntMaze settings, as the ReD paper's 0/1-return tasks do."""
+    maze = ("--expectile", "0.9", "--beta", "10", "--eval-episodes", "20") if "maze" in dataset else ()
+    cells = []
+    for sampler in samplers:
+        p_base = ("--p-base", "0.2") if maze and sampler == "red" else ()
+        flags = ("--sampler", sampler, *p_base, *maze)
+        cells.append(Cell(grid, "iql_red", dataset, sampler, flags, num_seeds, num_updates))
+    return cells
+
+
+def p_base_cells(num_seeds, num_updates):
+    """The ReD paper's Table 3 on the 0/1-return maze; p_base = infinity is the uniform sampler."""
+    uniform, red = iql_cells("p_base", "pointmaze/sparse-v0", ("uniform", "red"), num_seeds, num_updates)
+    cells = [replace(uniform, variant="p_base inf (uniform)")]
+    for p_base in ("0", "0.2", "0.5", "1"):
+        flags = tuple(p_base if f == "0.2" else f for f in red.flags)
+        cells.append(replace(red, variant=f"p_base {p_base}", flags=flags))
+    return cells
+
+
+ALL = ("uniform", "red", "reward", "top10")
+GRIDS = {
+    "red_vs_uniform": iql_cells("red_vs_uniform", "hopper/replay-v0", ("uniform", "red"), 5, 20_000),
+    "samplers": [
+        cell
+        for dataset, num_updates in (
+            ("hopper/replay-v0", 20_000),
+            ("halfcheetah/replay-v0", 10_000),
+            ("pointmaze/sparse-v0", 10_000),
+            ("hopper/medium-expert-v0", 20_000),
+        )
+        for cell in iql_cells("samplers", dataset, ALL, 3, num_updates)
+    ],
+    "p_base": p_base_cells(3, 10_000),
+    "paper": [  # the protocol of the paper, for a GPU
+        cell
+        for dataset in ("hopper/replay-v0", "hopper/medium-expert-v0", "halfcheetah/replay-v0", "pointmaze/sparse-v0")
+        for cell in iql_cells("paper", dataset, ALL, 5, 1_000_000)
+    ],
+}
+
+
+def hardware(device=None):
+    """A short name of the processor or GPU that numbers were made on."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{os.cpu_count()}-core {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def append(path, rows):
+    """Adds rows (dicts of one shape) to a csv file, with a header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path):
+    """Rows of a csv file as dicts, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def cell_key(row):
+    return row["grid"], row["script"], row["dataset"], row["variant"], row["num_updates"]
+
+
+def run_cell(cell, lock):
+    """Makes the run of one cell and appends its scores and curves."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir, start = Path(folder) / "run", time.time()
+        command = [sys.executable, *cell.command, "--run-dir", str(run_dir)]
+        env = {"OMP_NUM_THREADS": "1", **os.environ}
+        done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, env=env)
+        if done.returncode:
+            print(f"FAILED {' '.join(cell.command)}\n{done.stderr}", flush=True)
+            return
+        seconds, rows = time.time() - start, harness.read_evaluations(run_dir)
+        commit = json.loads((run_dir / "config.json").read_text())["git_commit"]
+    shared = dict(zip(("grid", "script", "dataset", "variant", "num_updates"), cell.key))
+    curves = [
+        {
+            **shared,
+            "seed": int(seed),
+            "update": int(update),
+            "return": round(rows["return"][mine].mean(), 3),
+            "normalized_score": round(rows["normalized_score"][mine].mean(), 3),
+        }
+        for seed in np.unique(rows["seed"])
+        for update in np.unique(rows["update"])
+        for mine in [(rows["seed"] == seed) & (rows["update"] == update)]
+    ]
+    scores = []
+    for seed in np.unique(rows["seed"]):
+        curve = [point for point in curves if point["seed"] == seed]
+        last = [point["normalized_score"] for point in curve[-10:]]
+        scores.append(
+            {
+                **shared,
+                "seed": int(seed),
+                "last10_score": round(np.mean(last), 3),
+                "last_score": last[-1],
+                "best_score": max(point["normalized_score"] for point in curve),
+                "last10_return": round(np.mean([point["return"] for point in curve[-10:]]), 3),
+                "seconds": round(seconds),
+                "hardware": hardware(),
+                "commit": (commit or "")[:10],
+                "command": "python " + " ".join(cell.command),
+            }
+        )
+    with lock:
+        append(RESULTS / "curves.csv", curves)
+        append(RESULTS / "scores.csv", scores)
+    mean = np.mean([row["last10_score"] for row in scores])
+    print(f"{cell.grid:15s} {cell.dataset:24s} {cell.variant:20s} score {mean:6.1f} ({seconds:.0f} s)", flush=True)
+
+
+@dataclass
+class Scores:
+    """Runs what is missing from the grids; then tables and pictures."""
+
+    grids: tuple[str, ...] = ("red_vs_uniform", "p_base", "samplers")
+    """which of the grids, in this order (paper: 1M updates, 5 seeds, for a GPU)"""
+    datasets: tuple[str, ...] = ()
+    """only cells on these datasets; default: all"""
+    jobs: int = 1
+    """runs at a time; each takes one CPU thread unless OMP_NUM_THREADS says otherwise"""
+    dry_run: bool = False
+    """print the commands, run nothing"""
+
+    def run(self):
+        there, lock = {cell_key(row) for row in read(RESULTS / "scores.csv")}, Lock()
+        cells = [cell for grid in self.grids for cell in GRIDS[grid]]
+        cells = [cell for cell in cells if cell.key not in there and cell.dataset in (self.datasets or cell.dataset)]
+        if self.dry_run:
+            for cell in cells:
+                print("python", *cell.command)
+            return
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda cell: run_cell(cell, lock), cells))
+        Tables().run()
+
+
+@dataclass
+class Tables:
+    """Markdown tables (results/tables.md), open rows included, and learning curves (results/*.svg) from the csv files."""
+
+    def run(self):
+        scores, curves = read(RESULTS / "scores.csv"), read(RESULTS / "curves.csv")
+        lines = ["<!-- written by `python tests/benchmark.py tables` from scores.csv; do not edit -->"]
+        for grid, cells in GRIDS.items():
+            mine = [row for row in scores if row["grid"] == grid]
+            lines += ["", f"### {grid}", ""]
+            columns = list(dict.fromkeys(cell.variant for cell in cells))
+            lines += [f"| dataset | seeds | updates | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+            for dataset in dict.fromkeys(cell.dataset for cell in cells):
+                in_row = {cell.variant: cell for cell in cells if cell.dataset == dataset}
+                values = []
+                for column in columns:
+                    cell = in_row.get(column)
+                    found = [float(r["last10_score"]) for r in mine if cell and cell_key(r) == cell.key]
+                    values.append(f"{np.mean(found):.1f} ± {np.std(found):.1f}" if found else "open" if cell else "")
+                first = next(iter(in_row.values()))
+                lines.append(f"| {dataset} | {first.num_seeds} | {first.num_updates:,} | {' | '.join(values)} |")
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "tables.md").write_text("\n".join(lines) + "\n")
+        for grid, dataset in dict.fromkeys((row["grid"], row["dataset"]) for row in curves):
+            plot([r for r in curves if (r["grid"], r["dataset"]) == (grid, dataset)], grid, dataset)
+        print("\n".join(lines))
+
+
+def plot(curves, grid, dataset):
+    """One picture: mean over seeds, and the range of one standard deviation, of every variant."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fixed", "font.size": 9})
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+    for variant in dict.fromkeys(row["variant"] for row in curves):
+        mine = [row for row in curves if row["variant"] == variant]
+        updates = sorted({int(row["update"]) for row in mine})
+        values = [[float(r["normalized_score"]) for r in mine if int(r["update"]) == u] for u in updates]
+        mean, std = np.array([np.mean(v) for v in values]), np.array([np.std(v) for v in values])
+        axes.plot(updates, mean, label=variant)
+        axes.fill_between(updates, mean - std, mean + std, alpha=0.2, linewidth=0)
+    seeds = len({row["seed"] for row in curves})
+    axes.set(xlabel="updates", ylabel="normalised score", title=f"{dataset}, {seeds} seeds, mean ± std")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    name = f"{grid}_{dataset.replace('/', '-')}.svg"
+    figure.savefig(RESULTS / name, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    tyro.cli(
+        Annotated[Throughput, tyro.conf.subcommand("throughput")]
+        | Annotated[Scores, tyro.conf.subcommand("scores")]
+        | Annotated[Tables, tyro.conf.subcommand("tables")],
+        description=__doc__,
+    ).run()
