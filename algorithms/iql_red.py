@@ -256,7 +256,7 @@ class MLP(nn.Module):
                 x = F.relu(x, inplace=True)
                 if self.dropout:
                     x = F.dropout(x, self.dropout, self.training)
-        return x.unflatten(0, self.lead)
+        return x.unflatten(0, (-1, *self.lead[1:]))
 
 
 class GaussianActor(nn.Module):

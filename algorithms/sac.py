@@ -13,7 +13,7 @@ Objectives (S seeds, C critics, B batch, O observation, A action; `min` runs ove
     critic       y = r + gamma (1 - terminated) [min Q_target(s', a') - alpha log pi(a'|s')],  a' ~ pi(.|s')    (5), (6)
                  L_Q = sum over C of mean (Q(s, a) - y)^2
     policy       L_pi = mean [alpha log pi(a~|s) - min Q(s, a~)],  a~ = tanh(mean + std * noise)                (7), (9)
-    temperature  L_alpha = -mean log_alpha [log pi(a~|s) + target_entropy],  target_entropy = -A               (17), (18)
+    temperature  L_alpha = -mean log_alpha [log pi(a~|s) + target_entropy],  target_entropy = -A              (17), (18)
     targets      Q_target <- (1 - polyak) Q_target + polyak Q
 
 What differs from the paper and its code, and why.
@@ -166,7 +166,7 @@ class MLP(nn.Module):
                 x = F.relu(x, inplace=True)
                 if self.dropout:
                     x = F.dropout(x, self.dropout, self.training)
-        return x.unflatten(0, self.lead)
+        return x.unflatten(0, (-1, *self.lead[1:]))
 
 
 class TanhGaussianActor(nn.Module):
@@ -671,8 +671,8 @@ def save_minari(path, episodes, environment, references, description):
         shutil.move(Path(root) / "new-v0", path)
     returns = [e[2].sum() for e in episodes]
     print(
-        f"{len(episodes):,} episodes, {sum(len(e[2]) for e in episodes):,} transitions, return {np.mean(returns):.1f} ± "
-        f"{np.std(returns):.1f}, best {np.max(returns):.1f} -> {path}"
+        f"{len(episodes):,} episodes, {sum(len(e[2]) for e in episodes):,} transitions, return "
+        f"{np.mean(returns):.1f} ± {np.std(returns):.1f}, best {np.max(returns):.1f} -> {path}"
     )
 
 

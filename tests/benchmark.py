@@ -168,7 +168,7 @@ class Throughput:
             ratio = {name: np.median(np.array(times["floor"]) / times[name]) for name in times}
             flops = 2 * sum(m * k * n for m, k, n in products) * rate["floor"] / 1e9
             print(
-                f"{script} on {hardware(device)}, {self.threads} thread(s), batch {args.batch_size}, median of {self.rounds}"
+                f"{script} on {hardware(device)}, {self.threads} thread(s), B={args.batch_size}, {self.rounds} rounds"
             )
             print(f"  matrix products alone, 1 seed {rate['floor']:8.1f} updates/s ({flops:.0f} GFLOP/s)")
             for name in ("uniform, 1 seed", "red, 1 seed"):
@@ -180,9 +180,7 @@ class Throughput:
                 for name in ("uniform", "red")
             }
             slower = np.median(np.array(times["red, 1 seed"]) / times["uniform, 1 seed"]) - 1
-            print(
-                f"  share of the sampler: uniform {share['uniform']:.2%}, red {share['red']:.2%}; red costs {slower:+.1%}"
-            )
+            print(f"  sampler's share: uniform {share['uniform']:.2%}, red {share['red']:.2%}; red costs {slower:+.1%}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +368,7 @@ class Scores:
 
 @dataclass
 class Tables:
-    """Markdown tables (results/tables.md), open rows included, and learning curves (results/*.svg) from the csv files."""
+    """Markdown tables (results/tables.md), open rows included, and learning curves (results/*.svg) from the csvs."""
 
     def run(self):
         scores, curves = read(RESULTS / "scores.csv"), read(RESULTS / "curves.csv")

@@ -62,7 +62,7 @@ def hopper_episodes(num_episodes=6, length=40, obs_dim=11, action_dim=3, seed=0)
 
 
 def write_minari(folder, episodes, env_id="Hopper-v5", env_kwargs=None, references=(0.0, 100.0), **metadata):
-    """Writes folder/data/{metadata.json, main_data.hdf5} as Minari lays them out. A dict observation becomes a group."""
+    """Writes folder/data/{metadata.json, main_data.hdf5} in Minari's layout; a dict observation becomes a group."""
     data = Path(folder) / "data"
     data.mkdir(parents=True)
     spec = {"id": env_id, "entry_point": "nowhere:Never", "kwargs": env_kwargs or {}, "max_episode_steps": None}

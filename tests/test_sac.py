@@ -247,7 +247,7 @@ def test_targets_bootstrap_through_truncation_only():
 
 @pytest.mark.parametrize("log_std, falls", [(-0.5, True), (-6.0, False)])
 def test_temperature_moves_towards_the_target_entropy(log_std, falls):
-    """dL/d log_alpha = -(mean log pi + target): above 0, so alpha falls, while the entropy is above -A; else it grows."""
+    """dL/d log_alpha = -(mean log pi + target) > 0, so alpha falls, while the entropy is above -A; else it grows."""
     args = make_args()
     agent = make_agent(args)
     constant_actor(agent, log_std=log_std)
