@@ -4,6 +4,7 @@ A few rows run as a user would run them; all others in processes forked from one
 (this file, run as a program, is that one), which costs milliseconds instead of seconds each.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -27,8 +28,9 @@ TINY_SAC = "--num-steps", 20, "--learning-starts", 10, "--hidden-sizes", 8, "--b
 def fork_server():
     """Reads lines [script, flags, stdout, stderr] of JSON; answers each with the exit status of a forked process."""
     modules = {script: harness.load(script) for script in ("iql_red", "sac")}
-    for env_id in "Hopper-v5", "Pendulum-v1":  # imports what they need, once for all
+    for env_id in "Hopper-v5", "Pendulum-v1":  # import once for all what they and the first optimiser import late
         modules["sac"].make_env({"id": env_id, "kwargs": {}}).close()
+    importlib.import_module("torch._dynamo")
     for line in sys.stdin:
         script, flags, stdout, stderr = json.loads(line)
         pid = os.fork()

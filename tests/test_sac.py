@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -538,24 +539,22 @@ def test_an_existing_dataset_is_not_overwritten(pendulum, name, tmp_path):
 def test_killed_and_resumed_is_never_stopped(pendulum, tmp_path):
     """kill -9 at a random moment after the first checkpoint: weights, optimisers, replay and evaluations end the same,
     and so does the dataset that is written at the end."""
-    run_dir = tmp_path / "run"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        harness.command("sac", *PENDULUM, "--run-dir", run_dir),
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.time() + 120
-        while not (run_dir / "checkpoint.pt").exists() and time.time() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        delay = random.random() * 1.5  # of the few seconds that the rest takes
-        time.sleep(delay)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    stopped_at = torch.load(run_dir / "checkpoint.pt", weights_only=True)["t"]
+    for longest_delay in (1.2, 0.6, 0.3, 0.1):  # less, should a fast machine have been done before the kill
+        run_dir, delay = tmp_path / f"run-{longest_delay}", random.uniform(0, longest_delay)
+        command = harness.command("sac", *PENDULUM, "--run-dir", run_dir)
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.time() + 120
+            while not (run_dir / "checkpoint.pt").exists() and time.time() < deadline and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(delay)
+        finally:
+            process.kill()
+            process.wait()
+        stopped_at = torch.load(run_dir / "checkpoint.pt", weights_only=True)["t"]
+        if process.returncode == -signal.SIGKILL and stopped_at < 650:
+            break
     where = f"killed {delay:.2f} s after the first checkpoint, at step {stopped_at}"
     assert process.returncode == -signal.SIGKILL and stopped_at < 650, where
 
@@ -583,6 +582,43 @@ def test_killed_and_resumed_is_never_stopped(pendulum, tmp_path):
     datasets = [iql.load_dataset([str(folder / "replay")]) for folder in (tmp_path, pendulum)]
     assert np.array_equal(datasets[0].transitions, datasets[1].transitions)
     assert np.array_equal(datasets[0].episode_lengths, datasets[1].episode_lengths)
+
+
+def test_a_finished_run_still_gives_its_dataset(pendulum, tmp_path):
+    """--resume of a run that has all its steps trains nothing, and writes the same log as the run itself would have."""
+    shutil.copytree(pendulum / "run", tmp_path / "run")
+    datasets = "--save-replay", tmp_path / "replay", "--save-rollouts", tmp_path / "rollouts"
+    done = harness.run("sac", "--resume", tmp_path / "run", *datasets)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "run") in done.stdout.splitlines()[-1]
+    datasets = [iql.load_dataset([str(folder / "replay")]) for folder in (tmp_path, pendulum)]
+    assert np.array_equal(datasets[0].transitions, datasets[1].transitions)
+
+
+def test_resuming_with_fewer_steps_than_there_are(pendulum, tmp_path):
+    before = (pendulum / "run" / "checkpoint.pt").read_bytes()
+    datasets = "--save-replay", tmp_path / "replay", "--save-rollouts", tmp_path / "rollouts"
+    done = harness.run("sac", "--resume", pendulum / "run", "--num-steps", 300, *datasets)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert (pendulum / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_that_wrote_datasets_can_be_evaluated(pendulum):
+    """--evaluate writes no dataset, so one that is there is no obstacle."""
+    done = harness.run("sac", "--evaluate", pendulum / "run")
+    assert done.returncode == 0 and done.stdout.startswith("seed 0: "), done.stderr
+
+
+@pytest.mark.parametrize("torn", ["2", "2000", "2000,0,1,-3", "2000,0,1,-3.5,7,0.12"])
+def test_a_torn_row_is_forgotten(torn, tmp_path):
+    """A kill in the middle of a long write leaves half a row, even half an update's number; resuming drops it."""
+    args = make_args(eval_workers=0)
+    evaluator = sac.Evaluator(args, {"references": None}, tmp_path, None)
+    good = evaluator.csv_path.read_text() + "1000,0,0,-3.5,7,nan\n1000,0,1,-3.25,7,nan\n"
+    evaluator.csv_path.write_text(good + "2000,0,0,-3.5,7,nan\n" + torn)
+    evaluator.resume(1000, {}, None)
+    assert evaluator.csv_path.read_text() == good
 
 
 # ---------------------------------------------------------------------------------------------------------------------
