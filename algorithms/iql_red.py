@@ -259,6 +259,34 @@ class MLP(nn.Module):
         return x.unflatten(0, (-1, *self.lead[1:]))
 
 
+class Adam(nn.Module):
+    """Adam (Kingma and Ba, 2015) by torch's fused kernel, with all of its state in fixed buffers.
+
+    torch.optim.Adam computes the same, but its bookkeeping costs as much as the backward pass of a small network, and
+    state that is there from the start goes into CUDA graphs and checkpoints without further ado.
+    """
+
+    def __init__(self, parameters, learning_rate):
+        super().__init__()
+        self.params = list(parameters)
+        device = self.params[0].device
+        self.register_buffer("learning_rate", torch.tensor(learning_rate, device=device))  # may follow a schedule
+        self.register_buffer("num_steps", torch.zeros((), device=device))
+        for i, parameter in enumerate(self.params):
+            self.register_buffer(f"mean{i}", torch.zeros_like(parameter))
+            self.register_buffer(f"square{i}", torch.zeros_like(parameter))
+
+    def minimize(self, loss):
+        """One step on this optimiser's own parameters; no other parameter gets a gradient."""
+        grads, n = torch.autograd.grad(loss, self.params), len(self.params)
+        means, squares = ([getattr(self, f"{name}{i}") for i in range(n)] for name in ("mean", "square"))
+        with torch.no_grad():
+            self.num_steps += 1
+            constants = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
+            steps = [self.num_steps] * n
+            torch._fused_adam_(self.params, grads, means, squares, [], steps, lr=self.learning_rate, **constants)
+
+
 class GaussianActor(nn.Module):
     """pi(a|s) = Normal(tanh(net(s)), exp(log_std)), with one learned log_std per action dimension."""
 
@@ -293,13 +321,9 @@ class IQLAgent(nn.Module):
         self.value = MLP((S,), [obs_dim, *hidden, 1], orthogonal, generators)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.float64))
         self.to(device)
-        adam = dict(fused=True, capturable=device.type == "cuda")
-        actor_lr = torch.tensor(args.learning_rate, device=device)  # a tensor: its schedule runs on the device
-        self.optimizers = {
-            "value": torch.optim.Adam(self.value.parameters(), lr=args.learning_rate, **adam),
-            "actor": torch.optim.Adam(self.actor.parameters(), lr=actor_lr, **adam),
-            "critic": torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, **adam),
-        }
+        networks = {"value": self.value, "actor": self.actor, "critic": self.critic}
+        adams = {name: Adam(network.parameters(), args.learning_rate) for name, network in networks.items()}
+        self.optimizers = nn.ModuleDict(adams)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,13 +341,6 @@ def cosine(progress):
     return 0.5 * (1 + torch.cos(math.pi * progress.clamp(max=1)))
 
 
-def minimize(optimizer, loss):
-    """One step of the optimiser on its own parameters; no other parameter gets a gradient."""
-    optimizer.zero_grad()
-    loss.backward(inputs=optimizer.param_groups[0]["params"])
-    optimizer.step()
-
-
 def update(agent, batch, args):
     """One gradient step of every agent; nothing in here waits for the GPU.
 
@@ -338,7 +355,7 @@ def update(agent, batch, args):
         target_q = agent.target_critic(obs_action).squeeze(-1).amin(1)  # (S, B)
     value_error = target_q - agent.value(obs).squeeze(-1)
     value_loss = expectile_loss(value_error, args.expectile).mean(-1)  # (S,)
-    minimize(agent.optimizers["value"], value_loss.sum())  # sum over S: seeds never mix
+    agent.optimizers["value"].minimize(value_loss.sum())  # sum over S: seeds never mix
     with torch.no_grad():  # actor and critic see the new V, at s and at s'
         value, next_value = agent.value(torch.cat([obs, next_obs], 1)).squeeze(-1).chunk(2, dim=1)  # (S, B) each
 
@@ -346,16 +363,14 @@ def update(agent, batch, args):
     advantage = target_q - value
     weight = (args.beta * advantage).clamp(max=math.log(100)).exp()
     actor_loss = -(weight * agent.actor.log_prob(obs, action)).mean(-1)  # (S,)
-    agent.optimizers["actor"].param_groups[0]["lr"].copy_(
-        args.learning_rate * cosine(agent.num_updates / args.num_updates)
-    )
-    minimize(agent.optimizers["actor"], actor_loss.sum())
+    agent.optimizers["actor"].learning_rate.copy_(args.learning_rate * cosine(agent.num_updates / args.num_updates))
+    agent.optimizers["actor"].minimize(actor_loss.sum())
 
     # critics: V(s') bootstraps through a time limit, but not through a true end, IQL (6)
     backup = reward + args.gamma * not_terminated * next_value  # (S, B)
     q = agent.critic(obs_action).squeeze(-1)  # (S, C, B)
     critic_loss = (q - backup[:, None]).square().mean(-1).sum(1)  # (S,)
-    minimize(agent.optimizers["critic"], critic_loss.sum())
+    agent.optimizers["critic"].minimize(critic_loss.sum())
 
     # targets
     with torch.no_grad():
@@ -734,8 +749,8 @@ class Evaluator:
     def resume(self, update, pending, actor):
         """Back to the state of a checkpoint: forgets what came after it, starts again what was under way."""
         header, *rows = self.csv_path.read_text().splitlines(keepends=True)
-        updates = [int(row.split(",")[0] or 0) for row in rows]
-        kept = [row for row, n in zip(rows, updates) if n <= update and n not in pending]
+        rows = [(int(row.split(",")[0]), row) for row in rows if row.endswith("\n")]  # a kill may tear the last one
+        kept = [row for n, row in rows if n <= update and n not in pending]
         write_atomically(self.csv_path, lambda path: path.write_text(header + "".join(kept)))
         for past_update, state in sorted(pending.items()):
             past_actor = copy.deepcopy(actor)
@@ -838,25 +853,17 @@ def cuda_graph(step, agent, *inputs):
     Capturing needs a few real steps first; whatever they change in the agent is put back.
     """
 
-    def persistent():
-        states = [state for optimizer in agent.optimizers.values() for state in optimizer.state.values()]
-        return [*agent.parameters(), *agent.buffers(), *(x for state in states for x in state.values())]
-
-    before = {id(x): x.detach().clone() for x in persistent()}
+    before = copy.deepcopy(agent.state_dict())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
-    for optimizer in agent.optimizers.values():
-        optimizer.zero_grad()  # gradients are made anew, in the graph's own memory
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = step(*inputs)
-    with torch.no_grad():
-        for x in persistent():
-            x.copy_(before[id(x)]) if id(x) in before else x.zero_()  # fresh Adam moments start at zero
+    agent.load_state_dict(before)  # in place
     return lambda: (graph.replay(), outputs)[1]
 
 
@@ -915,8 +922,6 @@ def main():
     report_sampling(dataset, probabilities, writer)
     if args.resume:
         agent.load_state_dict(checkpoint["agent"])
-        for optimizer_name, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][optimizer_name])
         for generator, state in zip(generators, checkpoint["generators"]):
             generator.set_state(state.cpu())
         torch.set_rng_state(checkpoint["global_generator"].cpu())
@@ -930,7 +935,7 @@ def main():
 
     graph_index = torch.zeros(UPDATES_PER_GRAPH, S, args.batch_size, dtype=torch.long, device=device)
     replay = cuda_graph(run_updates, agent, graph_index) if device.type == "cuda" else None
-    stop, started, printed, block_start = on_stop_signal(), time.time(), time.time(), -1
+    stop, started, printed, block_start, rate = on_stop_signal(), time.time(), time.time(), -1, 0
     while num_updates < args.num_updates and not stop:
         # draw, a block of updates at a time; a resumed run draws the block it is in again
         if block_start != num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK:
@@ -968,7 +973,6 @@ def main():
             state = {
                 "num_updates": num_updates,
                 "agent": agent.state_dict(),
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()},
                 "generators": generator_states,
                 "global_generator": torch.get_rng_state(),
                 "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},

@@ -169,6 +169,34 @@ class MLP(nn.Module):
         return x.unflatten(0, (-1, *self.lead[1:]))
 
 
+class Adam(nn.Module):
+    """Adam (Kingma and Ba, 2015) by torch's fused kernel, with all of its state in fixed buffers.
+
+    torch.optim.Adam computes the same, but its bookkeeping costs as much as the backward pass of a small network, and
+    state that is there from the start goes into CUDA graphs and checkpoints without further ado.
+    """
+
+    def __init__(self, parameters, learning_rate):
+        super().__init__()
+        self.params = list(parameters)
+        device = self.params[0].device
+        self.register_buffer("learning_rate", torch.tensor(learning_rate, device=device))  # may follow a schedule
+        self.register_buffer("num_steps", torch.zeros((), device=device))
+        for i, parameter in enumerate(self.params):
+            self.register_buffer(f"mean{i}", torch.zeros_like(parameter))
+            self.register_buffer(f"square{i}", torch.zeros_like(parameter))
+
+    def minimize(self, loss):
+        """One step on this optimiser's own parameters; no other parameter gets a gradient."""
+        grads, n = torch.autograd.grad(loss, self.params), len(self.params)
+        means, squares = ([getattr(self, f"{name}{i}") for i in range(n)] for name in ("mean", "square"))
+        with torch.no_grad():
+            self.num_steps += 1
+            constants = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
+            steps = [self.num_steps] * n
+            torch._fused_adam_(self.params, grads, means, squares, [], steps, lr=self.learning_rate, **constants)
+
+
 class TanhGaussianActor(nn.Module):
     """pi(a|s): a = tanh(mean(s) + std(s) * noise), with a state-dependent standard deviation."""
 
@@ -209,24 +237,13 @@ class SACAgent(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(S))
         self.target_entropy = -float(action_dim)
         self.to(device)
-        adam = dict(lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
-        self.optimizers = {
-            "actor": torch.optim.Adam(self.actor.parameters(), **adam),
-            "critic": torch.optim.Adam(self.critic.parameters(), **adam),
-            "alpha": torch.optim.Adam([self.log_alpha], **adam),
-        }
+        trained = {"critic": self.critic.parameters(), "actor": self.actor.parameters(), "alpha": [self.log_alpha]}
+        self.optimizers = nn.ModuleDict({name: Adam(params, args.learning_rate) for name, params in trained.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The update
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def minimize(optimizer, loss):
-    """One step of the optimiser on its own parameters; no other parameter gets a gradient."""
-    optimizer.zero_grad()
-    loss.backward(inputs=optimizer.param_groups[0]["params"])
-    optimizer.step()
 
 
 def update(agent, batch, noise, args):
@@ -246,17 +263,17 @@ def update(agent, batch, noise, args):
         target_q = reward + args.gamma * not_terminated * (next_q - alpha * next_log_prob)
     q = agent.critic(torch.cat([obs, action], -1)).squeeze(-1)  # (S, C, B)
     critic_loss = (q - target_q[:, None]).square().mean(-1).sum(1)  # (S,)
-    minimize(agent.optimizers["critic"], critic_loss.sum())  # sum over S: seeds never mix
+    agent.optimizers["critic"].minimize(critic_loss.sum())  # sum over S: seeds never mix
 
     # policy, eqs. (7), (9)
     policy_action, log_prob = agent.actor.sample(obs, noise[1])
     policy_q = agent.critic(torch.cat([obs, policy_action], -1)).squeeze(-1).amin(1)  # (S, B)
     actor_loss = (alpha * log_prob - policy_q).mean(-1)  # (S,)
-    minimize(agent.optimizers["actor"], actor_loss.sum())
+    agent.optimizers["actor"].minimize(actor_loss.sum())
 
     # temperature, eq. (18): alpha grows while the entropy -log_prob is below its target
     entropy_gap = log_prob.detach().mean(-1) + agent.target_entropy  # (S,)
-    minimize(agent.optimizers["alpha"], (-agent.log_alpha * entropy_gap).sum())
+    agent.optimizers["alpha"].minimize((-agent.log_alpha * entropy_gap).sum())
 
     # targets
     with torch.no_grad():
@@ -464,8 +481,8 @@ class Evaluator:
     def resume(self, update, pending, actor):
         """Back to the state of a checkpoint: forgets what came after it, starts again what was under way."""
         header, *rows = self.csv_path.read_text().splitlines(keepends=True)
-        updates = [int(row.split(",")[0] or 0) for row in rows]
-        kept = [row for row, n in zip(rows, updates) if n <= update and n not in pending]
+        rows = [(int(row.split(",")[0]), row) for row in rows if row.endswith("\n")]  # a kill may tear the last one
+        kept = [row for n, row in rows if n <= update and n not in pending]
         write_atomically(self.csv_path, lambda path: path.write_text(header + "".join(kept)))
         for past_update, state in sorted(pending.items()):
             past_actor = copy.deepcopy(actor)
@@ -568,25 +585,17 @@ def cuda_graph(step, agent, *inputs):
     Capturing needs a few real steps first; whatever they change in the agent is put back.
     """
 
-    def persistent():
-        states = [state for optimizer in agent.optimizers.values() for state in optimizer.state.values()]
-        return [*agent.parameters(), *agent.buffers(), *(x for state in states for x in state.values())]
-
-    before = {id(x): x.detach().clone() for x in persistent()}
+    before = copy.deepcopy(agent.state_dict())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
-    for optimizer in agent.optimizers.values():
-        optimizer.zero_grad()  # gradients are made anew, in the graph's own memory
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = step(*inputs)
-    with torch.no_grad():
-        for x in persistent():
-            x.copy_(before[id(x)]) if id(x) in before else x.zero_()  # fresh Adam moments start at zero
+    agent.load_state_dict(before)  # in place
     return lambda: (graph.replay(), outputs)[1]
 
 
@@ -691,11 +700,11 @@ def main():
     )
     check_range(args, 0, math.inf, "seed", "learning_rate", "eval_episodes", "eval_workers")
     check_range(args, 0, 1, "gamma", "polyak")
+    if args.evaluate:
+        return evaluate_run(args, SACAgent)
     for folder in (args.save_replay, args.save_rollouts):
         if folder and Path(folder).exists():
             fail(f"{folder} is there already", "give another folder to write the dataset to")
-    if args.evaluate:
-        return evaluate_run(args, SACAgent)
     device, S, E = choose_device(args.device), args.num_seeds, args.num_envs
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
 
@@ -718,13 +727,13 @@ def main():
     t, episode_number = 0, np.zeros((S, E), int)
 
     checkpoint = load_checkpoint(args.resume, device) if args.resume else None
+    if checkpoint and checkpoint["t"] > T:
+        fail(f"the run is at step {checkpoint['t'] * E} already", "give a larger --num-steps")
     run_dir = Path(args.resume) if args.resume else create_run_dir(args, args.env_id.replace("/", "-"), environment)
     if checkpoint:
         t, episode_number = checkpoint["t"], checkpoint["episode_number"].cpu().numpy()
         replay[:, :t], ends[:, :t] = checkpoint["replay"], checkpoint["ends"].cpu().numpy()
         agent.load_state_dict(checkpoint["agent"])
-        for name, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
         for generator, state in zip(generators, checkpoint["generators"]):
             generator.set_state(state.cpu())
     writer = SummaryWriter(run_dir, purge_step=t * E)
@@ -753,7 +762,15 @@ def main():
         return update(agent, flat_replay[seed_index, index], noise, args)
 
     graph = cuda_graph(run_update, agent, index, noise) if device.type == "cuda" else None
-    stop, started, printed, first_t, metrics, stopped = on_stop_signal(), time.time(), time.time(), t, {}, False
+    stop, started, printed, first_t, metrics, stopped, rate = (
+        on_stop_signal(),
+        time.time(),
+        time.time(),
+        t,
+        {},
+        False,
+        0,
+    )
     while t < T and not stopped:
         # act: at random first, then from the policy
         if t * E < args.learning_starts:
@@ -799,7 +816,6 @@ def main():
             state = {
                 "t": t,
                 "agent": agent.state_dict(),
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()},
                 "generators": [generator.get_state() for generator in generators],
                 "episode_number": torch.from_numpy(episode_number),
                 "replay": replay[:, :t].clone(),
@@ -817,12 +833,18 @@ def main():
     # the first seed's data, if asked for
     command = f"{shlex.join(sys.argv)} (SAC, {T * E} steps, seed {args.seed})"
     if args.save_replay:
-        episodes = [
-            x for e in range(E) for x in split_episodes(replay[0, :, e].cpu().numpy(), ends[0, :, e], agent.widths)
+        log = []  # (last step, environment, whether it came to its end, episode), to be put in the order of time
+        for e in range(E):
+            episodes = split_episodes(replay[0, :, e].cpu().numpy(), ends[0, :, e], agent.widths)
+            last = np.cumsum([len(episode[2]) for episode in episodes])
+            log += zip(last, [e] * len(last), ends[0, last - 1, e] > 0, episodes)
+        log.sort(key=lambda item: item[:2])
+        episodes = [episode for *_, episode in log]
+        returns = [float(episode[2].sum()) for _, _, over, episode in log if over] or [0.0, 1.0]
+        random = [
+            float(episode[2].sum()) for last, _, over, episode in log if over and last * E <= args.learning_starts
         ]
-        returns = [float(reward.sum()) for _, _, reward, _, _ in episodes]
-        num_random = max(1, np.count_nonzero(ends[0, : args.learning_starts // E]))
-        references = references or (float(np.mean(returns[:num_random])), max(returns))
+        references = references or (float(np.mean(random or returns[:1])), max(returns))
         kept = thin(episodes, args.replay_transitions or T * E)
         save_minari(args.save_replay, kept, environment, references, f"Training log: {command}")
     if args.save_rollouts:
