@@ -31,8 +31,10 @@ Run:      python algorithms/iql_red.py --dataset hopper/replay-v0 --sampler red
 Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
 """
 
+import contextlib
 import copy
 import csv
+import io
 import json
 import math
 import multiprocessing
@@ -49,7 +51,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import distributions
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -418,6 +420,12 @@ def next_observations(obs, terminated):
     return np.concatenate([obs[1:], obs[-1:]]) if missing else obs[1:]
 
 
+def check_continuous(actions, path):
+    """Discrete actions are logged as one integer per step, or as a group of them."""
+    if isinstance(actions, h5py.Group) or actions.ndim == 1:
+        fail(f"{path} has discrete actions", "use a dataset with continuous actions")
+
+
 def minari_episodes(folder):
     """Episodes and environment of a Minari folder: reads its JSON and HDF5, and runs nothing that they name."""
     metadata = json.loads((folder / "metadata.json").read_text())
@@ -425,8 +433,7 @@ def minari_episodes(folder):
     with h5py.File(folder / "main_data.hdf5") as file:
         for i in range(metadata["total_episodes"]):
             group = file[f"episode_{i}"]
-            if isinstance(group["actions"], h5py.Group) or group["actions"].ndim == 1:
-                fail(f"{folder} has discrete actions", "use a dataset with continuous actions")
+            check_continuous(group["actions"], folder)
             obs, action = flat_array(group["observations"]), flat_array(group["actions"])
             reward, terminated = group["rewards"][()], group["terminations"][()]
             episodes.append((obs, action, reward, terminated, next_observations(obs, terminated)))
@@ -435,6 +442,8 @@ def minari_episodes(folder):
         fail(f"{folder} names an environment outside the registry ({spec['id']})", "give --env-id")
     kwargs = {**spec.get("kwargs", {}), "max_episode_steps": spec.get("max_episode_steps")}
     references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    if None not in references and not references[0] < references[1]:
+        raise ValueError(f"reference scores {references}")
     return episodes, {
         "id": spec.get("id"),
         "kwargs": {name: value for name, value in kwargs.items() if value is not None},
@@ -445,6 +454,7 @@ def minari_episodes(folder):
 def d4rl_episodes(path):
     """Episodes and environment of a D4RL file: they end at `terminals` or `timeouts`; a trailing one is kept."""
     with h5py.File(path) as file:
+        check_continuous(file["actions"], path)
         obs, action, reward = flat_array(file["observations"]), flat_array(file["actions"]), file["rewards"][()]
         terminated = file["terminals"][()].astype(bool)
         timeout = file["timeouts"][()].astype(bool) if "timeouts" in file else np.zeros_like(terminated)
@@ -503,19 +513,20 @@ def load_dataset(names, env_id=None, seed=0):
     rows = []
     for obs, action, reward, terminated, next_obs in episodes:
         T = len(next_obs)
-        columns = obs[:T], action[:T], reward[:T, None], next_obs, 1 - np.float32(terminated[:T, None])
-        if not (len(action) == len(reward) == len(terminated) <= len(obs)):
+        if not (T <= len(action) == len(reward) == len(terminated) <= len(obs)):
             fail("an episode has arrays of different lengths", "write the dataset again")
-        rows.append(np.concatenate(columns, axis=1, dtype=np.float32))
+        columns = obs[:T], action[:T], reward[:T, None], next_obs, 1 - np.float32(terminated[:T, None])
+        with np.errstate(over="ignore"):  # becomes infinite, and is told as such
+            rows.append(np.concatenate(columns, axis=1, dtype=np.float32))
     transitions = np.concatenate(rows)
-    if not np.isfinite(transitions).all():
+    episode_returns = np.array([np.sum(reward, dtype=np.float64) for _, _, reward, _, _ in episodes])
+    if not (np.isfinite(transitions).all() and np.isfinite(episode_returns).all()):
         fail("the dataset has NaN or infinite values", "clean it first")
     environment = environments[0]
     if env_id and env_id != environment["id"]:
         environment = {"id": env_id, "kwargs": {}, "references": None}
     if environment["id"] and not environment["references"]:
         environment["references"] = D4RL_REFERENCES.get(environment["id"].split("-")[0].split("_")[0])
-    episode_returns = np.array([np.sum(reward, dtype=np.float64) for _, _, reward, _, _ in episodes])
     return Dataset(transitions, np.array([len(row) for row in rows]), episode_returns, *widths.pop(), environment)
 
 
@@ -545,7 +556,7 @@ def report_sampling(dataset, probabilities, writer, num_bins=50):
         ("best episode", returns.max()),
         ("average drawn transition's episode", returns @ probabilities),
     ):
-        print(f"return of the {what}: {value:.1f} (normalised score {normalized_score(value, references):.1f})")
+        print(f"return of the {what}: {value:.1f}{score_text(normalized_score(value, references))}")
     if np.any(probabilities == 0):
         share = f"{np.mean(probabilities == 0):.1%} of the {len(returns):,} transitions"
         print(f"warning: {share} have probability 0 and are never drawn", file=sys.stderr)
@@ -590,21 +601,37 @@ def fail(problem, remedy):
     raise SystemExit(2)
 
 
+def parse_flags(**tyro_options):
+    """Args from the command line; tyro's box around an error becomes one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, **tyro_options)
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
+        fail(" ".join(takewhile(lambda line: line.strip("─"), lines)), "see --help")
+
+
 def parse_args():
     """Args from the command line; with --resume or --evaluate, the run's own flags are the defaults."""
-    args = tyro.cli(Args, description=__doc__.split("\n")[0])
+    args = parse_flags(description=__doc__.split("\n")[0])
     run_dir = args.resume or args.evaluate
     if not run_dir:
         return args
     try:
         config = json.loads((Path(run_dir) / "config.json").read_text())
-        script, stored = config["script"], config["args"]
-    except (OSError, ValueError, KeyError):
+        script, stored, _ = config["script"], config["args"], config["environment"]
+    except (OSError, ValueError, LookupError, TypeError):
         fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
     if script != SCRIPT:
         fail(f"{run_dir} is a run of {script}.py, not of {SCRIPT}.py", f"use {script}.py")
-    stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    args = tyro.cli(Args, default=stored)
+    try:
+        stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    except (TypeError, AttributeError) as e:
+        fail(f"{run_dir} was made by another version of {SCRIPT}.py ({e})", "check out the commit in its config.json")
+    args = parse_flags(default=stored)
     for name, value in asdict(args).items():
         if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
             fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
@@ -615,7 +642,7 @@ def check_range(args, low, high, *names):
     """Fails unless low <= value <= high for each of these flags."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not (low <= np.min(value) and np.max(value) <= high):
+        if value is not None and not (value != () and low <= np.min(value) and np.max(value) <= high):
             fail(f"--{name.replace('_', '-')} {value} is out of range", f"give a value between {low} and {high}")
 
 
@@ -655,6 +682,11 @@ def normalized_score(episode_return, references):
     return 100 * (episode_return - references[0]) / (references[1] - references[0]) if references else math.nan
 
 
+def score_text(score):
+    """ ", normalised score ..." for a line of output; empty where there are no reference scores."""
+    return "" if np.isnan(score) else f", normalised score {score:.1f}"
+
+
 def policy_of_seed(actor, s):
     """A copy on the CPU of the s-th of the policies that `actor` holds; its tensors keep a seed axis, of length 1."""
     policy = copy.deepcopy(actor).cpu().eval()
@@ -692,11 +724,22 @@ def run_episodes(policy, environment, env_seeds, video_dir=None):
 
 
 def start_worker():
-    """An evaluation worker computes on one thread, leaves Ctrl-C to its parent, and never outlives it."""
+    """An evaluation worker computes on one thread, leaves Ctrl-C and SIGTERM to its parent, and never outlives it."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextlib.contextmanager
+def stop_signals_blocked():
+    """Ctrl-C and SIGTERM wait until the end of the block (Windows, which cannot do that, takes its chances)."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    yield
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 class Evaluator:
@@ -723,7 +766,8 @@ class Evaluator:
         for s in range(self.args.num_seeds if self.args.eval_episodes else 0):
             env_seeds = [episode_seed(self.args.seed + s, update, e) for e in range(self.args.eval_episodes)]
             job = pickle.dumps(policy_of_seed(actor, s)), self.environment, env_seeds
-            jobs.append(self.pool.submit(run_episodes, *job) if self.pool else Future())
+            with stop_signals_blocked():  # a worker that starts here inherits that
+                jobs.append(self.pool.submit(run_episodes, *job) if self.pool else Future())
             if not self.pool:
                 jobs[-1].set_result(run_episodes(*job))
         if jobs:
@@ -743,7 +787,7 @@ class Evaluator:
             self.writer.add_scalar("evaluation/return", returns.mean(), update)
             self.writer.add_scalar("evaluation/normalized_score", scores.mean(), update)
             mean, score = returns.mean(), scores.mean()
-            print(f"evaluation at {update:,}: return {mean:.1f}, normalised score {score:.1f}", flush=True)
+            print(f"evaluation at {update:,}: return {mean:.1f}{score_text(score)}", flush=True)
             del self.pending[update]
 
     def resume(self, update, pending, actor):
@@ -762,7 +806,7 @@ class Evaluator:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def print_result(args, run_dir, rate):
+def print_result(args, run_dir, num_updates, rate):
     """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
     if args.eval_episodes:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
@@ -773,17 +817,23 @@ def print_result(args, run_dir, rate):
             for x in ([column[rows].mean() for rows in of_seeds] for column in (scores, returns))
         )
         print(
-            f"normalised score {score:.1f} ± {score_std:.1f}, return {mean:.1f} ± {std:.1f} (mean ± standard deviation "
-            f"over {args.num_seeds} seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes; "
-            "score 0 is a random policy, 100 an expert), ", end=""
+            "" if np.isnan(score) else f"normalised score {score:.1f} ± {score_std:.1f} (0 is a random policy, 100 an "
+            "expert), ", end=""
         )  # fmt: skip
-    print(f"{rate:.0f} updates/s per seed, run folder {run_dir}")
+        print(
+            f"return {mean:.1f} ± {std:.1f} (mean ± standard deviation "
+            f"over {args.num_seeds} seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} "
+            "episodes), ", end=""
+        )  # fmt: skip
+    print(f"{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
 def evaluate_run(args, agent_class):
     """--evaluate: fresh episodes of the policies in a run's checkpoint."""
     run_dir = Path(args.evaluate)
     environment = json.loads((run_dir / "config.json").read_text())["environment"]
+    if not environment["id"]:
+        fail(f"{run_dir} is a run without environment", "evaluate a run that has one")
     env = make_env(environment)
     agent = agent_class(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
     agent.load_state_dict(load_checkpoint(run_dir, "cpu")["agent"])
@@ -793,8 +843,8 @@ def evaluate_run(args, agent_class):
         returns, lengths = np.array(run_episodes(policy_of_seed(agent.actor, s), environment, env_seeds, video_dir)).T
         score = np.mean(normalized_score(returns, environment["references"]))
         print(
-            f"seed {args.seed + s}: normalised score {score:.1f}, return {returns.mean():.1f} ± {returns.std():.1f} "
-            f"(standard deviation over {len(returns)} episodes of {lengths.mean():.0f} steps on average)"
+            f"seed {args.seed + s}: return {returns.mean():.1f} ± {returns.std():.1f} (standard deviation over "
+            f"{len(returns)} episodes of {lengths.mean():.0f} steps on average){score_text(score)}"
         )
 
 
@@ -829,7 +879,10 @@ def write_atomically(path, write):
 def load_checkpoint(run_dir, device):
     """checkpoint.pt of a run folder, as it was saved."""
     try:
-        return torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
+        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
+        if not checkpoint.keys() >= {"agent", "generators", "pending_evaluations"}:
+            raise KeyError("parts are missing")
+        return checkpoint
     except Exception as e:  # torch.load raises many kinds of error on a damaged file
         fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start the run again, in another folder")
 
@@ -891,9 +944,10 @@ def transform_rewards(dataset, mode):
 def main():
     args = parse_args()
     check_range(args, 1, math.inf, "num_seeds", "num_updates", "batch_size", "hidden_sizes", "eval_every")
+    check_range(args, 0, 2**32 - 1, "seed")
     check_range(args, 1, math.inf, "checkpoint_every", "log_every")
-    check_range(args, 0, math.inf, "seed", "alpha", "p_base", "beta", "learning_rate", "eval_episodes", "eval_workers")
-    check_range(args, 0, 1, "gamma", "polyak", "expectile", "dropout")
+    check_range(args, 0, math.inf, "alpha", "p_base", "beta", "eval_episodes", "eval_workers")
+    check_range(args, 0, 1, "learning_rate", "gamma", "polyak", "expectile", "dropout")
     check_range(args, 1e-6, math.inf, "temperature")
     if args.evaluate:
         return evaluate_run(args, IQLAgent)
@@ -902,7 +956,7 @@ def main():
 
     # data, on the device; the sampler sees the rewards as logged, the learner transformed ones
     dataset = load_dataset(args.dataset, args.env_id, args.seed)
-    if args.eval_episodes:
+    if args.eval_episodes or dataset.environment["id"]:
         fit_to_environment(dataset)
     probabilities = sampling_probabilities(dataset, args)
     transform_rewards(dataset, args.reward_transform)
@@ -915,6 +969,8 @@ def main():
     generators = [torch.Generator(device).manual_seed(args.seed + s) for s in range(S)]
     checkpoint = load_checkpoint(args.resume, device) if args.resume else {"num_updates": 0}
     num_updates = first_update = checkpoint["num_updates"]
+    if num_updates > args.num_updates:
+        fail(f"{args.resume} has {num_updates} updates already", "give a larger --num-updates, or leave it out")
     name = "+".join(args.dataset).replace("/", "-").replace(":", "-").strip("-.")
     run_dir = Path(args.resume) if args.resume else create_run_dir(args, name, dataset.environment)
     writer = SummaryWriter(run_dir, purge_step=num_updates)
@@ -955,7 +1011,7 @@ def main():
             else:
                 metrics = run_updates(index)
         num_updates += n
-        done = num_updates == args.num_updates
+        done, stopped = num_updates == args.num_updates, bool(stop)
 
         # evaluate, log, save
         if num_updates % args.eval_every == 0 or done:
@@ -969,7 +1025,9 @@ def main():
             printed = time.time()
             left = timedelta(seconds=int((args.num_updates - num_updates) / rate))
             print(f"update {num_updates:,}/{args.num_updates:,}, {rate:.0f} updates/s, {left} left", flush=True)
-        if num_updates % args.checkpoint_every == 0 or done or stop:
+        if num_updates % args.checkpoint_every == 0 or done or stopped:
+            if num_updates % UPDATES_PER_BLOCK == 0:  # the next block is still to be drawn
+                generator_states = [generator.get_state() for generator in generators]
             state = {
                 "num_updates": num_updates,
                 "agent": agent.state_dict(),
@@ -984,7 +1042,7 @@ def main():
     if num_updates < args.num_updates:
         print(f"stopped at update {num_updates:,}; continue with: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(128 + stop[0])
-    print_result(args, run_dir, rate)
+    print_result(args, run_dir, num_updates, rate)
 
 
 if __name__ == "__main__":

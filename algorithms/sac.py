@@ -28,8 +28,10 @@ A dataset: python algorithms/sac.py --env-id Hopper-v5 --num-steps 500000 --save
 Expected:  benchmarks.md has the curves of the runs that made tests/data.
 """
 
+import contextlib
 import copy
 import csv
+import io
 import json
 import math
 import multiprocessing
@@ -47,7 +49,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import distributions
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import gymnasium as gym
@@ -322,21 +324,37 @@ def fail(problem, remedy):
     raise SystemExit(2)
 
 
+def parse_flags(**tyro_options):
+    """Args from the command line; tyro's box around an error becomes one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, **tyro_options)
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
+        fail(" ".join(takewhile(lambda line: line.strip("─"), lines)), "see --help")
+
+
 def parse_args():
     """Args from the command line; with --resume or --evaluate, the run's own flags are the defaults."""
-    args = tyro.cli(Args, description=__doc__.split("\n")[0])
+    args = parse_flags(description=__doc__.split("\n")[0])
     run_dir = args.resume or args.evaluate
     if not run_dir:
         return args
     try:
         config = json.loads((Path(run_dir) / "config.json").read_text())
-        script, stored = config["script"], config["args"]
-    except (OSError, ValueError, KeyError):
+        script, stored, _ = config["script"], config["args"], config["environment"]
+    except (OSError, ValueError, LookupError, TypeError):
         fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
     if script != SCRIPT:
         fail(f"{run_dir} is a run of {script}.py, not of {SCRIPT}.py", f"use {script}.py")
-    stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    args = tyro.cli(Args, default=stored)
+    try:
+        stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    except (TypeError, AttributeError) as e:
+        fail(f"{run_dir} was made by another version of {SCRIPT}.py ({e})", "check out the commit in its config.json")
+    args = parse_flags(default=stored)
     for name, value in asdict(args).items():
         if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
             fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
@@ -347,7 +365,7 @@ def check_range(args, low, high, *names):
     """Fails unless low <= value <= high for each of these flags."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not (low <= np.min(value) and np.max(value) <= high):
+        if value is not None and not (value != () and low <= np.min(value) and np.max(value) <= high):
             fail(f"--{name.replace('_', '-')} {value} is out of range", f"give a value between {low} and {high}")
 
 
@@ -387,6 +405,11 @@ def normalized_score(episode_return, references):
     return 100 * (episode_return - references[0]) / (references[1] - references[0]) if references else math.nan
 
 
+def score_text(score):
+    """ ", normalised score ..." for a line of output; empty where there are no reference scores."""
+    return "" if np.isnan(score) else f", normalised score {score:.1f}"
+
+
 def policy_of_seed(actor, s):
     """A copy on the CPU of the s-th of the policies that `actor` holds; its tensors keep a seed axis, of length 1."""
     policy = copy.deepcopy(actor).cpu().eval()
@@ -424,11 +447,22 @@ def run_episodes(policy, environment, env_seeds, video_dir=None):
 
 
 def start_worker():
-    """An evaluation worker computes on one thread, leaves Ctrl-C to its parent, and never outlives it."""
+    """An evaluation worker computes on one thread, leaves Ctrl-C and SIGTERM to its parent, and never outlives it."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextlib.contextmanager
+def stop_signals_blocked():
+    """Ctrl-C and SIGTERM wait until the end of the block (Windows, which cannot do that, takes its chances)."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    yield
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 class Evaluator:
@@ -455,7 +489,8 @@ class Evaluator:
         for s in range(self.args.num_seeds if self.args.eval_episodes else 0):
             env_seeds = [episode_seed(self.args.seed + s, update, e) for e in range(self.args.eval_episodes)]
             job = pickle.dumps(policy_of_seed(actor, s)), self.environment, env_seeds
-            jobs.append(self.pool.submit(run_episodes, *job) if self.pool else Future())
+            with stop_signals_blocked():  # a worker that starts here inherits that
+                jobs.append(self.pool.submit(run_episodes, *job) if self.pool else Future())
             if not self.pool:
                 jobs[-1].set_result(run_episodes(*job))
         if jobs:
@@ -475,7 +510,7 @@ class Evaluator:
             self.writer.add_scalar("evaluation/return", returns.mean(), update)
             self.writer.add_scalar("evaluation/normalized_score", scores.mean(), update)
             mean, score = returns.mean(), scores.mean()
-            print(f"evaluation at {update:,}: return {mean:.1f}, normalised score {score:.1f}", flush=True)
+            print(f"evaluation at {update:,}: return {mean:.1f}{score_text(score)}", flush=True)
             del self.pending[update]
 
     def resume(self, update, pending, actor):
@@ -494,7 +529,7 @@ class Evaluator:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def print_result(args, run_dir, rate):
+def print_result(args, run_dir, num_updates, rate):
     """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
     if args.eval_episodes:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
@@ -505,17 +540,23 @@ def print_result(args, run_dir, rate):
             for x in ([column[rows].mean() for rows in of_seeds] for column in (scores, returns))
         )
         print(
-            f"normalised score {score:.1f} ± {score_std:.1f}, return {mean:.1f} ± {std:.1f} (mean ± standard deviation "
-            f"over {args.num_seeds} seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes; "
-            "score 0 is a random policy, 100 an expert), ", end=""
+            "" if np.isnan(score) else f"normalised score {score:.1f} ± {score_std:.1f} (0 is a random policy, 100 an "
+            "expert), ", end=""
         )  # fmt: skip
-    print(f"{rate:.0f} updates/s per seed, run folder {run_dir}")
+        print(
+            f"return {mean:.1f} ± {std:.1f} (mean ± standard deviation "
+            f"over {args.num_seeds} seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} "
+            "episodes), ", end=""
+        )  # fmt: skip
+    print(f"{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
 def evaluate_run(args, agent_class):
     """--evaluate: fresh episodes of the policies in a run's checkpoint."""
     run_dir = Path(args.evaluate)
     environment = json.loads((run_dir / "config.json").read_text())["environment"]
+    if not environment["id"]:
+        fail(f"{run_dir} is a run without environment", "evaluate a run that has one")
     env = make_env(environment)
     agent = agent_class(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
     agent.load_state_dict(load_checkpoint(run_dir, "cpu")["agent"])
@@ -525,8 +566,8 @@ def evaluate_run(args, agent_class):
         returns, lengths = np.array(run_episodes(policy_of_seed(agent.actor, s), environment, env_seeds, video_dir)).T
         score = np.mean(normalized_score(returns, environment["references"]))
         print(
-            f"seed {args.seed + s}: normalised score {score:.1f}, return {returns.mean():.1f} ± {returns.std():.1f} "
-            f"(standard deviation over {len(returns)} episodes of {lengths.mean():.0f} steps on average)"
+            f"seed {args.seed + s}: return {returns.mean():.1f} ± {returns.std():.1f} (standard deviation over "
+            f"{len(returns)} episodes of {lengths.mean():.0f} steps on average){score_text(score)}"
         )
 
 
@@ -561,7 +602,10 @@ def write_atomically(path, write):
 def load_checkpoint(run_dir, device):
     """checkpoint.pt of a run folder, as it was saved."""
     try:
-        return torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
+        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
+        if not checkpoint.keys() >= {"agent", "generators", "pending_evaluations"}:
+            raise KeyError("parts are missing")
+        return checkpoint
     except Exception as e:  # torch.load raises many kinds of error on a damaged file
         fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start the run again, in another folder")
 
@@ -852,7 +896,7 @@ def main():
         returns = [float(reward.sum()) for _, _, reward, _, _ in episodes]
         references = references or (min(returns), max(returns))
         save_minari(args.save_rollouts, episodes, environment, references, f"Rollouts of the last policy: {command}")
-    print_result(args, run_dir, rate)
+    print_result(args, run_dir, T * E, rate)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,10 @@ def run(script, *flags, timeout=300, cwd=None, **env):
 
 
 def read_evaluations(run_dir):
-    """evaluations.csv of a run folder as a structured array."""
-    return np.genfromtxt(Path(run_dir) / "evaluations.csv", delimiter=",", names=True, deletechars="").reshape(-1)
+    """evaluations.csv of a run folder as columns: {"update": array, "seed": array, ...}."""
+    path = Path(run_dir) / "evaluations.csv"
+    names = path.read_text().split("\n", 1)[0].split(",")
+    return dict(zip(names, np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2).T))
 
 
 def hopper_episodes(num_episodes=6, length=40, obs_dim=11, action_dim=3, seed=0):

@@ -180,6 +180,10 @@ def test_several_datasets_are_concatenated_in_order(iql, tmp_path):
     assert np.array_equal(dataset.transitions, obvious_rows(first + second))
     assert np.allclose(dataset.episode_returns, returns_of(first + second), rtol=1e-12)
     assert len(iql.load_dataset([f"{names[0]}:0.34", f"{names[1]}:0.5"]).episode_returns) == 1 + 2
+    assert dataset.environment["references"] == iql.D4RL_REFERENCES["Hopper"]  # those of the first
+    swapped = iql.load_dataset([str(name) for name in reversed(names)])
+    assert tuple(swapped.environment["references"]) == (0, 100)
+    assert np.array_equal(swapped.transitions, obvious_rows(second + first))
 
 
 @pytest.mark.parametrize("given", ["m/data", "m", "./m/"])

@@ -587,7 +587,7 @@ def test_killed_and_resumed_is_never_stopped(pendulum, tmp_path):
 
     same(ours, theirs, "checkpoint")
     assert (run_dir / "evaluations.csv").read_bytes() == (pendulum / "run" / "evaluations.csv").read_bytes(), where
-    assert [row["update"] for row in harness.read_evaluations(run_dir)] == [125, 250, 375, 500, 625, 650]
+    assert harness.read_evaluations(run_dir)["update"].tolist() == [125, 250, 375, 500, 625, 650]
     datasets = [iql.load_dataset([str(folder / "replay")]) for folder in (tmp_path, pendulum)]
     assert np.array_equal(datasets[0].transitions, datasets[1].transitions)
     assert np.array_equal(datasets[0].episode_lengths, datasets[1].episode_lengths)
