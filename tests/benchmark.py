@@ -215,20 +215,23 @@ class Cell:
         ]  # fmt: skip
 
 
-def iql_cells(grid, dataset, samplers, num_seeds, num_updates):
+SMALL = ("--hidden-sizes", "128", "128")  # a quarter of the arithmetic, for grids that a CPU could not finish otherwise
+
+
+def iql_cells(grid, dataset, samplers, num_seeds, num_updates, extra=()):
     """IQL under several samplers; PointMaze takes IQL's AntMaze settings, as the ReD paper's 0/1-return tasks do."""
-    maze = ("--expectile", "0.9", "--beta", "10", "--eval-episodes", "20") if "maze" in dataset else ()
+    maze = ("--expectile", "0.9", "--beta", "10") if "maze" in dataset else ()
     cells = []
     for sampler in samplers:
         p_base = ("--p-base", "0.2") if maze and sampler == "red" else ()
-        flags = ("--sampler", sampler, *p_base, *maze)
+        flags = ("--sampler", sampler, *p_base, *maze, *extra)
         cells.append(Cell(grid, "iql_red", dataset, sampler, flags, num_seeds, num_updates))
     return cells
 
 
-def p_base_cells(num_seeds, num_updates):
+def p_base_cells(num_seeds, num_updates, extra):
     """The ReD paper's Table 3 on the 0/1-return maze; p_base = infinity is the uniform sampler."""
-    uniform, red = iql_cells("p_base", "pointmaze/sparse-v0", ("uniform", "red"), num_seeds, num_updates)
+    uniform, red = iql_cells("p_base", "pointmaze/sparse-v0", ("uniform", "red"), num_seeds, num_updates, extra)
     cells = [replace(uniform, variant="p_base inf (uniform)")]
     for p_base in ("0", "0.2", "0.5", "1"):
         flags = tuple(p_base if f == "0.2" else f for f in red.flags)
@@ -241,15 +244,10 @@ GRIDS = {
     "red_vs_uniform": iql_cells("red_vs_uniform", "hopper/replay-v0", ("uniform", "red"), 5, 20_000),
     "samplers": [
         cell
-        for dataset, num_updates in (
-            ("hopper/replay-v0", 20_000),
-            ("halfcheetah/replay-v0", 10_000),
-            ("pointmaze/sparse-v0", 10_000),
-            ("hopper/medium-expert-v0", 20_000),
-        )
-        for cell in iql_cells("samplers", dataset, ALL, 3, num_updates)
+        for dataset in ("pointmaze/sparse-v0", "halfcheetah/replay-v0", "hopper/replay-v0", "hopper/medium-expert-v0")
+        for cell in iql_cells("samplers", dataset, ALL, 3, 20_000, SMALL)
     ],
-    "p_base": p_base_cells(3, 10_000),
+    "p_base": p_base_cells(3, 20_000, SMALL),
     "paper": [  # the protocol of the paper, for a GPU
         cell
         for dataset in ("hopper/replay-v0", "hopper/medium-expert-v0", "halfcheetah/replay-v0", "pointmaze/sparse-v0")

@@ -391,7 +391,15 @@ def test_a_stopped_run_saves_first_and_says_how_to_go_on(data, tmp_path, number)
     """Ctrl-C, which reaches the workers too, and SIGTERM to all processes, as job schedulers send it: a checkpoint, a
     line that says how to go on, exit status 128 + signal, no orphans."""
     flags, stopped = ("--dataset", data, *SMALL, *LONG, "--eval-workers", 1), tmp_path / "stopped"
-    process = start(*flags, "--checkpoint-every", 10**6, "--num-updates", 10**6, "--run-dir", stopped)
+    flags += (
+        "--checkpoint-every",
+        10**6,
+        "--num-updates",
+        10**6,
+        "--eval-every",
+        10,
+    )  # an evaluation is always under way
+    process = start(*flags, "--run-dir", stopped)
     wait_until(lambda: has_evaluations(stopped), process)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)
