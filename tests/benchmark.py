@@ -10,6 +10,7 @@ so an interrupted grid goes on where it stopped.
 """
 
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -202,8 +203,9 @@ class Cell:
     num_updates: int
 
     @property
-    def key(self):
-        return self.grid, self.script, self.dataset, self.variant, str(self.num_updates)
+    def run(self):
+        """Names the run: cells of two grids with the same command line share it."""
+        return hashlib.sha1(" ".join(self.command).encode()).hexdigest()[:10]
 
     @property
     def command(self):
@@ -284,10 +286,6 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def cell_key(row):
-    return row["grid"], row["script"], row["dataset"], row["variant"], row["num_updates"]
-
-
 def run_cell(cell, lock):
     """Makes the run of one cell and appends its scores and curves."""
     with tempfile.TemporaryDirectory() as folder:
@@ -300,7 +298,7 @@ def run_cell(cell, lock):
             return
         seconds, rows = time.time() - start, harness.read_evaluations(run_dir)
         commit = json.loads((run_dir / "config.json").read_text())["git_commit"]
-    shared = dict(zip(("grid", "script", "dataset", "variant", "num_updates"), cell.key))
+    shared = {"run": cell.run}
     curves = [
         {
             **shared,
@@ -325,6 +323,10 @@ def run_cell(cell, lock):
                 "last_score": last[-1],
                 "best_score": max(point["normalized_score"] for point in curve),
                 "last10_return": round(np.mean([point["return"] for point in curve[-10:]]), 3),
+                "script": cell.script,
+                "dataset": cell.dataset,
+                "variant": cell.variant,
+                "num_updates": cell.num_updates,
                 "seconds": round(seconds),
                 "hardware": hardware(),
                 "commit": (commit or "")[:10],
@@ -352,9 +354,9 @@ class Scores:
     """print the commands, run nothing"""
 
     def run(self):
-        there, lock = {cell_key(row) for row in read(RESULTS / "scores.csv")}, Lock()
-        cells = [cell for grid in self.grids for cell in GRIDS[grid]]
-        cells = [cell for cell in cells if cell.key not in there and cell.dataset in (self.datasets or cell.dataset)]
+        there, lock = {row["run"] for row in read(RESULTS / "scores.csv")}, Lock()
+        cells = {cell.run: cell for grid in self.grids for cell in GRIDS[grid]}.values()
+        cells = [cell for cell in cells if cell.run not in there and cell.dataset in (self.datasets or cell.dataset)]
         if self.dry_run:
             for cell in cells:
                 print("python", *cell.command)
@@ -372,7 +374,6 @@ class Tables:
         scores, curves = read(RESULTS / "scores.csv"), read(RESULTS / "curves.csv")
         lines = ["<!-- written by `python tests/benchmark.py tables` from scores.csv; do not edit -->"]
         for grid, cells in GRIDS.items():
-            mine = [row for row in scores if row["grid"] == grid]
             lines += ["", f"### {grid}", ""]
             columns = list(dict.fromkeys(cell.variant for cell in cells))
             lines += [f"| dataset | seeds | updates | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
@@ -381,19 +382,24 @@ class Tables:
                 values = []
                 for column in columns:
                     cell = in_row.get(column)
-                    found = [float(r["last10_score"]) for r in mine if cell and cell_key(r) == cell.key]
+                    found = [float(row["last10_score"]) for row in scores if cell and row["run"] == cell.run]
                     values.append(f"{np.mean(found):.1f} ± {np.std(found):.1f}" if found else "open" if cell else "")
                 first = next(iter(in_row.values()))
                 lines.append(f"| {dataset} | {first.num_seeds} | {first.num_updates:,} | {' | '.join(values)} |")
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "tables.md").write_text("\n".join(lines) + "\n")
-        for grid, dataset in dict.fromkeys((row["grid"], row["dataset"]) for row in curves):
-            plot([r for r in curves if (r["grid"], r["dataset"]) == (grid, dataset)], grid, dataset)
+        for grid, cells in GRIDS.items():
+            for dataset in dict.fromkeys(cell.dataset for cell in cells):
+                plot(grid, dataset, [cell for cell in cells if cell.dataset == dataset], curves)
         print("\n".join(lines))
 
 
-def plot(curves, grid, dataset):
-    """One picture: mean over seeds, and the range of one standard deviation, of every variant."""
+def plot(grid, dataset, cells, curves):
+    """One picture: mean over seeds, and one standard deviation about it, of every cell that has been run."""
+    runs = {cell.variant: [row for row in curves if row["run"] == cell.run] for cell in cells}
+    runs = {variant: rows for variant, rows in runs.items() if rows}
+    if not runs:
+        return
     import matplotlib
 
     matplotlib.use("svg")
@@ -401,14 +407,13 @@ def plot(curves, grid, dataset):
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
-    for variant in dict.fromkeys(row["variant"] for row in curves):
-        mine = [row for row in curves if row["variant"] == variant]
+    for variant, mine in runs.items():
         updates = sorted({int(row["update"]) for row in mine})
         values = [[float(r["normalized_score"]) for r in mine if int(r["update"]) == u] for u in updates]
         mean, std = np.array([np.mean(v) for v in values]), np.array([np.std(v) for v in values])
         axes.plot(updates, mean, label=variant)
         axes.fill_between(updates, mean - std, mean + std, alpha=0.2, linewidth=0)
-    seeds = len({row["seed"] for row in curves})
+    seeds = cells[0].num_seeds
     axes.set(xlabel="updates", ylabel="normalised score", title=f"{dataset}, {seeds} seeds, mean ± std")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

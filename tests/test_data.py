@@ -410,7 +410,7 @@ def test_embedded_dataset(iql, folder):
 def test_embedded_dataset_has_a_readme_line_with_its_command(folder):
     name = str(folder.relative_to(harness.DATA))
     lines = (harness.DATA / "README.md").read_text().splitlines()
-    assert any(name in line and "python " in line for line in lines)
+    assert any(name in line and ".py " in line for line in lines)
 
 
 def test_all_embedded_datasets_together_are_small_enough_for_git():

@@ -62,12 +62,12 @@ def run(tmp_path_factory):
         yield harness.run
         return
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     folder = tmp_path_factory.mktemp("outputs")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=folder)
     with subprocess.Popen([sys.executable, __file__], **pipes) as server:
 
         def forked(script, *flags):
-            out, err = (folder / f"{len(list(folder.iterdir()))}.{name}" for name in ("out", "err"))
+            out, err = (folder / f"{len(list(folder.glob('*.*')))}.{name}" for name in ("out", "err"))
             out.touch(), err.touch()
             server.stdin.write(json.dumps([script, [str(x) for x in flags], str(out), str(err)]) + "\n")
             server.stdin.flush()

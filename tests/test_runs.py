@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -383,6 +384,32 @@ def test_stop_and_resume_is_exact(data, unbroken, tmp_path):
     assert 0 < torch.load(stopped / "checkpoint.pt", weights_only=True)["num_updates"] < 1200
     finish("--resume", stopped)
     assert_same_end(stopped, unbroken(1, 0.0))
+
+
+STOPPED_IN_COLLECT = """
+import os, signal, sys, harness
+iql = harness.load("iql_red")
+collect = iql.Evaluator.collect
+def stopped_collect(self, wait=False):
+    collect(self, wait)
+    self.calls = getattr(self, "calls", 0) + 1
+    if self.calls == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+iql.Evaluator.collect = stopped_collect
+sys.argv = [iql.__file__, *sys.argv[1:]]
+iql.main()
+"""
+
+
+def test_a_stop_that_comes_between_two_blocks_saves_too(data, tmp_path):
+    """A signal may come while the loop evaluates, logs or prints; also then nothing is lost and the message is true."""
+    flags = "--dataset", data, *SMALL, *LONG, "--eval-workers", 0, "--run-dir", tmp_path / "run"
+    command = [sys.executable, "-c", STOPPED_IN_COLLECT, *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["num_updates"]
+    assert f"stopped at update {saved:,}" in done.stdout.splitlines()[-1]
 
 
 @needs_proc
