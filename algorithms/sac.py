@@ -53,6 +53,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -690,6 +691,20 @@ def rollout(policy, environment, num_steps, seed):
     return episodes
 
 
+def compact_hdf5(path):
+    """Rewrites Minari's file in HDF5's newest layout and compressed: half the size where episodes are short."""
+    with h5py.File(path) as old, h5py.File(path.with_suffix(".tmp"), "w", libver="latest") as new:
+
+        def copy_item(name, item):
+            if isinstance(item, h5py.Dataset):
+                new.create_dataset(name, data=item[()], compression="gzip", shuffle=True)
+            else:
+                new.require_group(name).attrs.update(item.attrs)
+
+        old.visititems(copy_item)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def save_minari(path, episodes, environment, references, description):
     """Writes episodes, as split_episodes returns them, to a new folder `path` that Minari and our scripts can read.
 
@@ -720,6 +735,7 @@ def save_minari(path, episodes, environment, references, description):
             code_permalink="unknown",
             description=description,
         )
+        compact_hdf5(Path(root) / "new-v0" / "data" / "main_data.hdf5")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(Path(root) / "new-v0", path)
     returns = [e[2].sum() for e in episodes]

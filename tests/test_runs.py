@@ -362,7 +362,7 @@ def test_a_killed_and_resumed_run_ends_like_one_never_stopped(
         time.sleep(0 if workers else rng.uniform(0, 0.1))
         assert process.poll() is None, "the run was over before it could be killed: make it longer"
         process.kill()
-        process.communicate()
+        process.wait()  # not communicate(): an orphan would hold the pipes open
         assert_no_orphans(process)
         state = torch.load(victim / "checkpoint.pt", weights_only=True)
         assert 0 < state["num_updates"] < 1200

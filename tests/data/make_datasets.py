@@ -24,6 +24,11 @@ import gymnasium as gym
 import h5py
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from harness import load  # noqa: E402
+
+compact_hdf5 = load("sac").compact_hdf5
+
 MAZE = [  # the medium maze: 1 wall, 0 free and a possible start, g the goal, which one corridor leads to
     [1, 1, 1, 1, 1, 1, 1, 1],
     [1, 0, 0, 1, 1, 0, 0, 1],
@@ -137,6 +142,7 @@ def pointmaze(out, num_transitions, seed):
             code_permalink="none",
             description=f"Sparse maze where few episodes head for the goal: {shlex.join(sys.argv)}",
         )
+        compact_hdf5(Path(root) / "dataset-v0" / "data" / "main_data.hdf5")
         shutil.move(f"{root}/dataset-v0", out)
     successes = np.mean([d[-1] for *_, d, _ in episodes])
     print(f"{len(episodes)} episodes, {total:,} transitions, {successes:.1%} successes -> {out}")
@@ -177,6 +183,7 @@ def combine(out, folders, num_transitions_each):
                 if not taken:
                     fail(f"{folder} gives no episode", "raise --num-transitions-each, or leave the folder out")
                 num_transitions += taken
+        compact_hdf5(data / "main_data.hdf5")
         combined |= {
             "total_episodes": num_episodes,
             "total_steps": num_transitions,
