@@ -635,6 +635,9 @@ def parse_args():
     for name, value in asdict(args).items():
         if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
             fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
+    if args.resume:
+        config["args"] = asdict(args)
+        write_atomically(Path(run_dir) / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
     return args
 
 
@@ -856,7 +859,7 @@ def create_run_dir(args, name, environment):
         run_dir.mkdir(parents=True)
     except OSError as e:
         fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
     config = {
         "script": SCRIPT,
         "args": asdict(args),
@@ -884,7 +887,7 @@ def load_checkpoint(run_dir, device):
             raise KeyError("parts are missing")
         return checkpoint
     except Exception as e:  # torch.load raises many kinds of error on a damaged file
-        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start the run again, in another folder")
+        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start a new run")
 
 
 def on_stop_signal():
@@ -972,6 +975,7 @@ def main():
     if num_updates > args.num_updates:
         fail(f"{args.resume} has {num_updates} updates already", "give a larger --num-updates, or leave it out")
     name = "+".join(args.dataset).replace("/", "-").replace(":", "-").strip("-.")
+    stop = on_stop_signal()  # from here on, a stop saves first
     run_dir = Path(args.resume) if args.resume else create_run_dir(args, name, dataset.environment)
     writer = SummaryWriter(run_dir, purge_step=num_updates)
     evaluator = Evaluator(args, dataset.environment, run_dir, writer)
@@ -991,8 +995,23 @@ def main():
 
     graph_index = torch.zeros(UPDATES_PER_GRAPH, S, args.batch_size, dtype=torch.long, device=device)
     replay = cuda_graph(run_updates, agent, graph_index) if device.type == "cuda" else None
-    stop, started, printed, block_start, rate = on_stop_signal(), time.time(), time.time(), -1, 0
-    while num_updates < args.num_updates and not stop:
+    generator_states = [generator.get_state() for generator in generators]
+
+    def save():
+        """Everything that an exact continuation needs; generator_states are those before the current block."""
+        state = {
+            "num_updates": num_updates,
+            "agent": agent.state_dict(),
+            "generators": generator_states,
+            "global_generator": torch.get_rng_state(),
+            "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},
+        }
+        write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    if not args.resume:
+        save()
+    started, printed, block_start, stopped, rate = time.time(), time.time(), -1, False, 0
+    while num_updates < args.num_updates and not stopped:
         # draw, a block of updates at a time; a resumed run draws the block it is in again
         if block_start != num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK:
             block_start = num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK
@@ -1028,14 +1047,7 @@ def main():
         if num_updates % args.checkpoint_every == 0 or done or stopped:
             if num_updates % UPDATES_PER_BLOCK == 0:  # the next block is still to be drawn
                 generator_states = [generator.get_state() for generator in generators]
-            state = {
-                "num_updates": num_updates,
-                "agent": agent.state_dict(),
-                "generators": generator_states,
-                "global_generator": torch.get_rng_state(),
-                "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},
-            }
-            write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))  # noqa: B023
+            save()
 
     evaluator.close()
     writer.close()

@@ -359,6 +359,9 @@ def parse_args():
     for name, value in asdict(args).items():
         if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
             fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
+    if args.resume:
+        config["args"] = asdict(args)
+        write_atomically(Path(run_dir) / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
     return args
 
 
@@ -580,7 +583,7 @@ def create_run_dir(args, name, environment):
         run_dir.mkdir(parents=True)
     except OSError as e:
         fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
     config = {
         "script": SCRIPT,
         "args": asdict(args),
@@ -608,7 +611,7 @@ def load_checkpoint(run_dir, device):
             raise KeyError("parts are missing")
         return checkpoint
     except Exception as e:  # torch.load raises many kinds of error on a damaged file
-        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start the run again, in another folder")
+        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start a new run")
 
 
 def on_stop_signal():
@@ -789,6 +792,7 @@ def main():
     checkpoint = load_checkpoint(args.resume, device) if args.resume else None
     if checkpoint and checkpoint["t"] > T:
         fail(f"the run is at step {checkpoint['t'] * E} already", "give a larger --num-steps")
+    stop = on_stop_signal()  # from here on, a stop saves first
     run_dir = Path(args.resume) if args.resume else create_run_dir(args, args.env_id.replace("/", "-"), environment)
     if checkpoint:
         t, episode_number = checkpoint["t"], checkpoint["episode_number"].cpu().numpy()
@@ -822,15 +826,23 @@ def main():
         return update(agent, flat_replay[seed_index, index], noise, args)
 
     graph = cuda_graph(run_update, agent, index, noise) if device.type == "cuda" else None
-    stop, started, printed, first_t, metrics, stopped, rate = (
-        on_stop_signal(),
-        time.time(),
-        time.time(),
-        t,
-        {},
-        False,
-        0,
-    )
+
+    def save():
+        """Everything that an exact continuation needs."""
+        state = {
+            "t": t,
+            "agent": agent.state_dict(),
+            "generators": [generator.get_state() for generator in generators],
+            "episode_number": torch.from_numpy(episode_number),
+            "replay": replay[:, :t].clone(),
+            "ends": torch.from_numpy(ends[:, :t].copy()),
+            "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},
+        }
+        write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    if not args.resume:
+        save()
+    started, printed, first_t, metrics, stopped, rate = time.time(), time.time(), t, {}, False, 0
     while t < T and not stopped:
         # act: at random first, then from the policy
         if t * E < args.learning_starts:
@@ -873,16 +885,7 @@ def main():
             left = timedelta(seconds=int((T - t) * E / rate))
             print(f"step {t * E:,}/{T * E:,}, {rate:.0f} steps/s, {left} left", flush=True)
         if passed[2] or done or stopped:
-            state = {
-                "t": t,
-                "agent": agent.state_dict(),
-                "generators": [generator.get_state() for generator in generators],
-                "episode_number": torch.from_numpy(episode_number),
-                "replay": replay[:, :t].clone(),
-                "ends": torch.from_numpy(ends[:, :t].copy()),
-                "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},
-            }
-            write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))  # noqa: B023
+            save()
 
     evaluator.close()
     writer.close()

@@ -2,8 +2,9 @@
 
 pointmaze: a maze with one goal and the reward 1 for reaching it, else 0, logged by a scripted controller. Starts are
   anywhere, but only an episode that starts near the goal may head for it; all others walk to one random cell after
-  another until the time is up. So the few successes cover the last corridor and the many failures the whole maze:
-  whoever throws the failures away (ReD with p_base = 0) never sees how to come from far.
+  another until the time is up. So the few successes cover the last corridor, where the way is to the right, and the
+  many failures the whole maze: whoever throws the failures away (ReD with p_base = 0) never sees that the corridor
+  before it must be walked to the left.
 combine: the episodes of several Minari folders in one, such as the medium-expert data of two policies.
 
 Run: python tests/data/make_datasets.py pointmaze tests/data/pointmaze/sparse-v0
@@ -29,18 +30,17 @@ from harness import load  # noqa: E402
 
 compact_hdf5 = load("sac").compact_hdf5
 
-MAZE = [  # the medium maze: 1 wall, 0 free and a possible start, g the goal, which one corridor leads to
-    [1, 1, 1, 1, 1, 1, 1, 1],
-    [1, 0, 0, 1, 1, 0, 0, 1],
-    [1, 0, 0, 1, 0, 0, 0, 1],
-    [1, 1, 0, 0, 0, 1, 1, 1],
-    [1, 0, 0, 1, 0, 0, 0, 1],
-    [1, 0, 1, 0, 0, 1, 0, 1],
-    [1, 0, 0, 0, 1, 0, "g", 1],
-    [1, 1, 1, 1, 1, 1, 1, 1],
+MAZE = [  # 1 wall, 0 free and a possible start, g the goal at the end of a winding corridor: right, left, right
+    [1, 1, 1, 1, 1, 1, 1],
+    [1, 0, 0, 0, 0, 0, 1],
+    [1, 1, 1, 1, 1, 0, 1],
+    [1, 0, 0, 0, 0, 0, 1],
+    [1, 0, 1, 1, 1, 1, 1],
+    [1, 0, 0, 0, 0, "g", 1],
+    [1, 1, 1, 1, 1, 1, 1],
 ]
 ENV_KWARGS = {"maze_map": MAZE, "reward_type": "sparse", "continuing_task": False, "reset_target": False}
-MAX_EPISODE_STEPS = 300  # the controller needs at most about 210 steps at full speed, 280 at speed 3
+MAX_EPISODE_STEPS = 400
 SIGHT, SEEK_SHARE = 5, 0.5  # of the episodes that start up to 5 cells from the goal, half head for it
 
 
