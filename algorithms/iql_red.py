@@ -41,6 +41,7 @@ import multiprocessing
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -860,12 +861,13 @@ def create_run_dir(args, name, environment):
     except OSError as e:
         fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
     config = {
         "script": SCRIPT,
         "args": asdict(args),
         "environment": environment,
         "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
-        "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "git_commit": commit or None,
         "command": shlex.join([sys.executable, *sys.argv]),
     }
     write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
@@ -908,7 +910,6 @@ def cuda_graph(step, agent, *inputs):
 
     Capturing needs a few real steps first; whatever they change in the agent is put back.
     """
-
     before = copy.deepcopy(agent.state_dict())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -990,7 +991,7 @@ def main():
     def run_updates(index):
         """One update per row of index (n, S, B); returns the metrics of the last."""
         for row in index:
-            metrics = update(agent, transitions[row], args)
+            metrics = update(agent, F.embedding(row, transitions), args)  # one gather of whole rows
         return metrics
 
     graph_index = torch.zeros(UPDATES_PER_GRAPH, S, args.batch_size, dtype=torch.long, device=device)

@@ -584,12 +584,13 @@ def create_run_dir(args, name, environment):
     except OSError as e:
         fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
     config = {
         "script": SCRIPT,
         "args": asdict(args),
         "environment": environment,
         "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
-        "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "git_commit": commit or None,
         "command": shlex.join([sys.executable, *sys.argv]),
     }
     write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
@@ -632,7 +633,6 @@ def cuda_graph(step, agent, *inputs):
 
     Capturing needs a few real steps first; whatever they change in the agent is put back.
     """
-
     before = copy.deepcopy(agent.state_dict())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -79,7 +79,7 @@ def iql_update_path(sampler, num_seeds, device, num_transitions=200_000, obs_dim
 
     def run_updates(index):
         for row in index:
-            metrics = iql.update(agent, transitions[row], args)
+            metrics = iql.update(agent, torch.nn.functional.embedding(row, transitions), args)
         return metrics
 
     graph_index = torch.zeros(
