@@ -3,7 +3,7 @@
 python tests/benchmark.py throughput                     updates per second beside the matrix-product floor
 python tests/benchmark.py scores                         runs what is missing from the grids, then writes the tables
 python tests/benchmark.py scores --grids p_base --jobs 2 one grid, two runs at a time
-python tests/benchmark.py tables                         tables and pictures from what is there
+python tests/benchmark.py tables                         tables in benchmarks.md and pictures, from what is there
 
 `scores` appends to results/scores.csv and results/curves.csv after every run; a run that is there is not made again,
 so an interrupted grid goes on where it stopped.
@@ -258,6 +258,14 @@ GRIDS = {
 }
 
 
+TITLES = {
+    "red_vs_uniform": "ReD against uniform sampling on the replay data, networks 2x256.",
+    "samplers": "Four samplers on the embedded datasets, networks 2x128; the maze with expectile 0.9, beta 10, p_base 0.2.",
+    "p_base": "The ReD paper's Table 3 on 0/1 returns: from the best episodes only (0) to uniform (inf), networks 2x128.",
+    "paper": "The ReD paper's protocol, networks 2x256; for a GPU.",
+}
+
+
 def hardware(device=None):
     """A short name of the processor or GPU that numbers were made on."""
     if device is not None and device.type == "cuda":
@@ -368,15 +376,16 @@ class Scores:
 
 @dataclass
 class Tables:
-    """Markdown tables (results/tables.md), open rows included, and learning curves (results/*.svg) from the csvs."""
+    """The score tables in benchmarks.md, open rows included, and learning curves (results/*.svg), from the csv files."""
 
     def run(self):
         scores, curves = read(RESULTS / "scores.csv"), read(RESULTS / "curves.csv")
-        lines = ["<!-- written by `python tests/benchmark.py tables` from scores.csv; do not edit -->"]
+        lines = []
         for grid, cells in GRIDS.items():
-            lines += ["", f"### {grid}", ""]
             columns = list(dict.fromkeys(cell.variant for cell in cells))
+            lines += [f"### {grid}", "", TITLES[grid], ""]
             lines += [f"| dataset | seeds | updates | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+            pictures = []
             for dataset in dict.fromkeys(cell.dataset for cell in cells):
                 in_row = {cell.variant: cell for cell in cells if cell.dataset == dataset}
                 values = []
@@ -386,12 +395,15 @@ class Tables:
                     values.append(f"{np.mean(found):.1f} ± {np.std(found):.1f}" if found else "open" if cell else "")
                 first = next(iter(in_row.values()))
                 lines.append(f"| {dataset} | {first.num_seeds} | {first.num_updates:,} | {' | '.join(values)} |")
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "tables.md").write_text("\n".join(lines) + "\n")
-        for grid, cells in GRIDS.items():
-            for dataset in dict.fromkeys(cell.dataset for cell in cells):
-                plot(grid, dataset, [cell for cell in cells if cell.dataset == dataset], curves)
-        print("\n".join(lines))
+                picture = plot(grid, dataset, list(in_row.values()), curves)
+                pictures += [f"![{grid}, {dataset}](tests/results/{picture})"] if picture else []
+            lines += ["", f"`python tests/benchmark.py scores --grids {grid}`", "", *pictures, ""]
+        document = harness.ROOT / "benchmarks.md"
+        before, _, rest = document.read_text().partition("<!-- scores -->\n")
+        _, _, after = rest.partition("<!-- end of scores -->")
+        text = "\n".join(lines)
+        document.write_text(f"{before}<!-- scores -->\n{text}\n<!-- end of scores -->{after}")
+        print(text)
 
 
 def plot(grid, dataset, cells, curves):
@@ -399,7 +411,7 @@ def plot(grid, dataset, cells, curves):
     runs = {cell.variant: [row for row in curves if row["run"] == cell.run] for cell in cells}
     runs = {variant: rows for variant, rows in runs.items() if rows}
     if not runs:
-        return
+        return None
     import matplotlib
 
     matplotlib.use("svg")
@@ -420,6 +432,7 @@ def plot(grid, dataset, cells, curves):
     name = f"{grid}_{dataset.replace('/', '-')}.svg"
     figure.savefig(RESULTS / name, metadata={"Date": None})
     plt.close(figure)
+    return name
 
 
 if __name__ == "__main__":
