@@ -260,8 +260,8 @@ GRIDS = {
 
 TITLES = {
     "red_vs_uniform": "ReD against uniform sampling on the replay data, networks 2x256.",
-    "samplers": "Four samplers on the embedded datasets, networks 2x128; the maze with expectile 0.9, beta 10, p_base 0.2.",
-    "p_base": "The ReD paper's Table 3 on 0/1 returns: from the best episodes only (0) to uniform (inf), networks 2x128.",
+    "samplers": "Four samplers, networks 2x128; the maze with expectile 0.9, beta 10, p_base 0.2.",
+    "p_base": "The ReD paper's Table 3 on 0/1 returns, networks 2x128.",
     "paper": "The ReD paper's protocol, networks 2x256; for a GPU.",
 }
 
@@ -376,7 +376,7 @@ class Scores:
 
 @dataclass
 class Tables:
-    """The score tables in benchmarks.md, open rows included, and learning curves (results/*.svg), from the csv files."""
+    """The score tables in benchmarks.md, open rows included, and learning curves (results/*.svg)."""
 
     def run(self):
         scores, curves = read(RESULTS / "scores.csv"), read(RESULTS / "curves.csv")
