@@ -34,6 +34,7 @@ Expected: benchmarks.md has this run's score; the dataset's average episode is p
 import contextlib
 import copy
 import csv
+import ctypes
 import io
 import json
 import math
@@ -51,6 +52,7 @@ import urllib.request
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import distributions
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -250,16 +252,17 @@ class MLP(nn.Module):
         if len(self.lead) > 1:  # every critic of a seed sees the same input
             x = x[:, None].expand(-1, self.lead[1], -1, -1).flatten(0, 1)
         for i, (weight, bias) in enumerate(self.layers):
-            weight, bias = weight.flatten(0, -3), bias.flatten(0, -3)  # the batched product takes one leading axis
+            if len(self.lead) > 1:  # the batched product takes one leading axis
+                weight, bias = weight.flatten(0, 1), bias.flatten(0, 1)
             if weight.shape[-1] > 1:
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
             if i < len(self.layers) - 1:
-                x = F.relu(x, inplace=True)
+                x = x.relu_()
                 if self.dropout:
                     x = F.dropout(x, self.dropout, self.training)
-        return x.unflatten(0, (-1, *self.lead[1:]))
+        return x.unflatten(0, self.lead) if len(self.lead) > 1 else x
 
 
 class Adam(nn.Module):
@@ -281,13 +284,14 @@ class Adam(nn.Module):
 
     def minimize(self, loss):
         """One step on this optimiser's own parameters; no other parameter gets a gradient."""
-        grads, n = torch.autograd.grad(loss, self.params), len(self.params)
-        means, squares = ([getattr(self, f"{name}{i}") for i in range(n)] for name in ("mean", "square"))
+        grads = torch.autograd.grad(loss, self.params)
+        learning_rate, num_steps, *moments = self.buffers()
         with torch.no_grad():
-            self.num_steps += 1
-            constants = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
-            steps = [self.num_steps] * n
-            torch._fused_adam_(self.params, grads, means, squares, [], steps, lr=self.learning_rate, **constants)
+            num_steps.add_(1)
+            torch._fused_adam_(
+                self.params, grads, moments[::2], moments[1::2], [], [num_steps] * len(grads), lr=learning_rate,
+                beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
 class GaussianActor(nn.Module):
@@ -377,9 +381,8 @@ def update(agent, batch, args):
 
     # targets
     with torch.no_grad():
-        for target, online in zip(agent.target_critic.parameters(), agent.critic.parameters()):
-            target.lerp_(online, args.polyak)
-        agent.num_updates += 1
+        torch._foreach_lerp_(list(agent.target_critic.parameters()), list(agent.critic.parameters()), args.polyak)
+        agent.num_updates.add_(1)
 
     return {
         "loss/value": value_loss.detach(),
@@ -558,8 +561,9 @@ def report_sampling(dataset, probabilities, writer, num_bins=50):
         ("average drawn transition's episode", returns @ probabilities),
     ):
         print(f"return of the {what}: {value:.1f}{score_text(normalized_score(value, references))}")
-    if np.any(probabilities == 0):
-        share = f"{np.mean(probabilities == 0):.1%} of the {len(returns):,} transitions"
+    never = probabilities == 0
+    if never.any():
+        share = f"{never.sum():,} of the {len(never):,} transitions ({never.mean():.1%})"
         print(f"warning: {share} have probability 0 and are never drawn", file=sys.stderr)
     edges = np.histogram_bin_edges(returns, num_bins)
     for tag, mass in (("transitions", np.ones(len(returns))), ("sampler_mass", probabilities * len(returns))):
@@ -658,6 +662,14 @@ def choose_device(name):
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed activations: pages that go back to the system are faulted in again at every update."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes
 
 
 def make_env(environment, **make_kwargs):
@@ -812,24 +824,16 @@ class Evaluator:
 
 def print_result(args, run_dir, num_updates, rate):
     """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
+    text = ""
     if args.eval_episodes:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        last = np.isin(update, np.unique(update)[-10:])
-        of_seeds = [last & (seed == s) for s in np.unique(seed)]
-        (score, score_std), (mean, std) = (
-            (np.mean(x), np.std(x))
-            for x in ([column[rows].mean() for rows in of_seeds] for column in (scores, returns))
-        )
-        print(
-            "" if np.isnan(score) else f"normalised score {score:.1f} ± {score_std:.1f} (0 is a random policy, 100 an "
-            "expert), ", end=""
-        )  # fmt: skip
-        print(
-            f"return {mean:.1f} ± {std:.1f} (mean ± standard deviation "
-            f"over {args.num_seeds} seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} "
-            "episodes), ", end=""
-        )  # fmt: skip
-    print(f"{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
+        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
+        if not np.isnan(score).any():
+            text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
+        text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
+        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+    print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
 def evaluate_run(args, agent_class):
@@ -906,10 +910,11 @@ def on_stop_signal():
 
 
 def cuda_graph(step, agent, *inputs):
-    """`step(*inputs)` captured as one CUDA graph: copy new values into `inputs`, then call what this returns.
+    """`step` captured as one CUDA graph: returns a function of inputs that are shaped like these.
 
     Capturing needs a few real steps first; whatever they change in the agent is put back.
     """
+    inputs = [x.clone() for x in inputs]  # the graph reads them where they stand
     before = copy.deepcopy(agent.state_dict())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -921,7 +926,14 @@ def cuda_graph(step, agent, *inputs):
     with torch.cuda.graph(graph):
         outputs = step(*inputs)
     agent.load_state_dict(before)  # in place
-    return lambda: (graph.replay(), outputs)[1]
+
+    def replay(*new_inputs):
+        for old, new in zip(inputs, new_inputs):
+            old.copy_(new)
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -932,12 +944,31 @@ UPDATES_PER_BLOCK = 100  # random numbers are drawn for so many updates at a tim
 UPDATES_PER_GRAPH = 10  # a GPU replays so many updates as one CUDA graph
 
 
-def transform_rewards(dataset, mode):
+# what --reward-transform auto means, by the beginning of the environment's id; elsewhere none
+IQL_TRANSFORMS = dict.fromkeys(("HalfCheetah", "Hopper", "Walker2d", "Ant"), "scale")
+IQL_TRANSFORMS |= dict.fromkeys(("AntMaze", "PointMaze"), "shift")
+
+
+def draw_block(sampler, generators, batch_size, *noise_shapes):
+    """What the next UPDATES_PER_BLOCK = n updates read at random: transition indices (n, S, B), then standard normal
+    noise (n, S, *shape) for each of the shapes. Every seed draws from its own generator."""
+    n, device = UPDATES_PER_BLOCK, generators[0].device
+    u = [torch.rand(n, batch_size, generator=g, dtype=torch.float64, device=device) for g in generators]
+    noise = ([torch.randn(n, *shape, generator=g, device=device) for g in generators] for shape in noise_shapes)
+    return [sampler(torch.stack(u, 1)), *(torch.stack(x, 1) for x in noise)]
+
+
+def run_updates(agent, transitions, args, index, *noise):
+    """One update per row of index (m, S, B) and noise (m, S, ...); returns the metrics of the last."""
+    for row, *row_noise in zip(index, *noise):
+        metrics = update(agent, F.embedding(row, transitions), *row_noise, args)  # one gather of whole rows
+    return metrics
+
+
+def transform_rewards(dataset, mode, auto_modes):
     """Rewards as the learner sees them, in place; returns and sampling probabilities come from the logged ones."""
     if mode == "auto":
-        name = (dataset.environment["id"] or "").split("-")[0].split("_")[0]
-        mode = "scale" if name in ("HalfCheetah", "Hopper", "Walker2d", "Ant") else "none"
-        mode = "shift" if name in ("AntMaze", "PointMaze") else mode
+        mode = auto_modes.get((dataset.environment["id"] or "").split("-")[0].split("_")[0], "none")
     reward = dataset.transitions[:, dataset.obs_dim + dataset.action_dim]
     if mode == "scale":
         reward *= 1000 / (np.ptp(dataset.episode_returns) or 1000)
@@ -957,13 +988,14 @@ def main():
         return evaluate_run(args, IQLAgent)
     device, S = choose_device(args.device), args.num_seeds
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    keep_freed_memory()
 
     # data, on the device; the sampler sees the rewards as logged, the learner transformed ones
     dataset = load_dataset(args.dataset, args.env_id, args.seed)
     if args.eval_episodes or dataset.environment["id"]:
         fit_to_environment(dataset)
     probabilities = sampling_probabilities(dataset, args)
-    transform_rewards(dataset, args.reward_transform)
+    transform_rewards(dataset, args.reward_transform, IQL_TRANSFORMS)
     actions_of(dataset).clip(-1 + 1e-5, 1 - 1e-5, out=actions_of(dataset))
     transitions, sampler = torch.from_numpy(dataset.transitions).to(device), Sampler(probabilities, device)
 
@@ -988,14 +1020,6 @@ def main():
         torch.set_rng_state(checkpoint["global_generator"].cpu())
         evaluator.resume(num_updates, checkpoint["pending_evaluations"], agent.actor)
 
-    def run_updates(index):
-        """One update per row of index (n, S, B); returns the metrics of the last."""
-        for row in index:
-            metrics = update(agent, F.embedding(row, transitions), args)  # one gather of whole rows
-        return metrics
-
-    graph_index = torch.zeros(UPDATES_PER_GRAPH, S, args.batch_size, dtype=torch.long, device=device)
-    replay = cuda_graph(run_updates, agent, graph_index) if device.type == "cuda" else None
     generator_states = [generator.get_state() for generator in generators]
 
     def save():
@@ -1011,26 +1035,25 @@ def main():
 
     if not args.resume:
         save()
+    learn, graph = partial(run_updates, agent, transitions, args), None
     started, printed, block_start, stopped, rate = time.time(), time.time(), -1, False, 0
     while num_updates < args.num_updates and not stopped:
         # draw, a block of updates at a time; a resumed run draws the block it is in again
         if block_start != num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK:
             block_start = num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK
             generator_states = [generator.get_state() for generator in generators]
-            shape = UPDATES_PER_BLOCK, args.batch_size
-            u = [torch.rand(shape, generator=g, dtype=torch.float64, device=device) for g in generators]
-            block = sampler(torch.stack(u, 1))  # (UPDATES_PER_BLOCK, S, B)
+            block = draw_block(sampler, generators, args.batch_size)
+            if device.type == "cuda" and not graph:
+                graph = cuda_graph(learn, agent, *(x[:UPDATES_PER_GRAPH] for x in block))
 
         # learn, until the block ends or something else is due
         due = [n - num_updates % n for n in (args.eval_every, args.checkpoint_every, args.log_every)]
-        n = min(*due, block_start + UPDATES_PER_BLOCK - num_updates, args.num_updates - num_updates)
-        for index in block[num_updates - block_start :][:n].split(UPDATES_PER_GRAPH):
-            if replay and len(index) == UPDATES_PER_GRAPH:
-                graph_index.copy_(index)
-                metrics = replay()
-            else:
-                metrics = run_updates(index)
-        num_updates += n
+        end = num_updates + min(*due, block_start + UPDATES_PER_BLOCK - num_updates, args.num_updates - num_updates)
+        while num_updates < end:
+            n = min(UPDATES_PER_GRAPH, end - num_updates)
+            inputs = [x[num_updates - block_start :][:n] for x in block]
+            metrics = graph(*inputs) if graph and n == UPDATES_PER_GRAPH else learn(*inputs)
+            num_updates += n
         done, stopped = num_updates == args.num_updates, bool(stop)
 
         # evaluate, log, save

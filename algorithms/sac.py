@@ -31,6 +31,7 @@ Expected:  benchmarks.md has the curves of the runs that made tests/data.
 import contextlib
 import copy
 import csv
+import ctypes
 import io
 import json
 import math
@@ -160,16 +161,17 @@ class MLP(nn.Module):
         if len(self.lead) > 1:  # every critic of a seed sees the same input
             x = x[:, None].expand(-1, self.lead[1], -1, -1).flatten(0, 1)
         for i, (weight, bias) in enumerate(self.layers):
-            weight, bias = weight.flatten(0, -3), bias.flatten(0, -3)  # the batched product takes one leading axis
+            if len(self.lead) > 1:  # the batched product takes one leading axis
+                weight, bias = weight.flatten(0, 1), bias.flatten(0, 1)
             if weight.shape[-1] > 1:
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
             if i < len(self.layers) - 1:
-                x = F.relu(x, inplace=True)
+                x = x.relu_()
                 if self.dropout:
                     x = F.dropout(x, self.dropout, self.training)
-        return x.unflatten(0, (-1, *self.lead[1:]))
+        return x.unflatten(0, self.lead) if len(self.lead) > 1 else x
 
 
 class Adam(nn.Module):
@@ -191,13 +193,14 @@ class Adam(nn.Module):
 
     def minimize(self, loss):
         """One step on this optimiser's own parameters; no other parameter gets a gradient."""
-        grads, n = torch.autograd.grad(loss, self.params), len(self.params)
-        means, squares = ([getattr(self, f"{name}{i}") for i in range(n)] for name in ("mean", "square"))
+        grads = torch.autograd.grad(loss, self.params)
+        learning_rate, num_steps, *moments = self.buffers()
         with torch.no_grad():
-            self.num_steps += 1
-            constants = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
-            steps = [self.num_steps] * n
-            torch._fused_adam_(self.params, grads, means, squares, [], steps, lr=self.learning_rate, **constants)
+            num_steps.add_(1)
+            torch._fused_adam_(
+                self.params, grads, moments[::2], moments[1::2], [], [num_steps] * len(grads), lr=learning_rate,
+                beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
 class TanhGaussianActor(nn.Module):
@@ -280,8 +283,7 @@ def update(agent, batch, noise, args):
 
     # targets
     with torch.no_grad():
-        for target, online in zip(agent.target_critic.parameters(), agent.critic.parameters()):
-            target.lerp_(online, args.polyak)
+        torch._foreach_lerp_(list(agent.target_critic.parameters()), list(agent.critic.parameters()), args.polyak)
 
     return {
         "loss/critic": critic_loss.detach(),
@@ -381,6 +383,14 @@ def choose_device(name):
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed activations: pages that go back to the system are faulted in again at every update."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes
 
 
 def make_env(environment, **make_kwargs):
@@ -535,24 +545,16 @@ class Evaluator:
 
 def print_result(args, run_dir, num_updates, rate):
     """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
+    text = ""
     if args.eval_episodes:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        last = np.isin(update, np.unique(update)[-10:])
-        of_seeds = [last & (seed == s) for s in np.unique(seed)]
-        (score, score_std), (mean, std) = (
-            (np.mean(x), np.std(x))
-            for x in ([column[rows].mean() for rows in of_seeds] for column in (scores, returns))
-        )
-        print(
-            "" if np.isnan(score) else f"normalised score {score:.1f} ± {score_std:.1f} (0 is a random policy, 100 an "
-            "expert), ", end=""
-        )  # fmt: skip
-        print(
-            f"return {mean:.1f} ± {std:.1f} (mean ± standard deviation "
-            f"over {args.num_seeds} seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} "
-            "episodes), ", end=""
-        )  # fmt: skip
-    print(f"{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
+        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
+        if not np.isnan(score).any():
+            text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
+        text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
+        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+    print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
 def evaluate_run(args, agent_class):
@@ -629,10 +631,11 @@ def on_stop_signal():
 
 
 def cuda_graph(step, agent, *inputs):
-    """`step(*inputs)` captured as one CUDA graph: copy new values into `inputs`, then call what this returns.
+    """`step` captured as one CUDA graph: returns a function of inputs that are shaped like these.
 
     Capturing needs a few real steps first; whatever they change in the agent is put back.
     """
+    inputs = [x.clone() for x in inputs]  # the graph reads them where they stand
     before = copy.deepcopy(agent.state_dict())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -644,7 +647,14 @@ def cuda_graph(step, agent, *inputs):
     with torch.cuda.graph(graph):
         outputs = step(*inputs)
     agent.load_state_dict(before)  # in place
-    return lambda: (graph.replay(), outputs)[1]
+
+    def replay(*new_inputs):
+        for old, new in zip(inputs, new_inputs):
+            old.copy_(new)
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,6 +780,7 @@ def main():
             fail(f"{folder} is there already", "give another folder to write the dataset to")
     device, S, E = choose_device(args.device), args.num_seeds, args.num_envs
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    keep_freed_memory()
 
     references = D4RL_REFERENCES.get(args.env_id.split("-")[0].split("_")[0])
     environment = {"id": args.env_id, "kwargs": {}, "references": references}
@@ -818,14 +829,12 @@ def main():
             obs[s, e], reward, *_ = envs[s][e].step(action)
             episode_return[s, e] += reward
 
-    # what an update reads stands in fixed places, so that a CUDA graph can replay it
-    index = torch.zeros(S, args.batch_size, dtype=torch.long, device=device)
-    noise = torch.zeros(2, S, args.batch_size, action_dim, device=device)
-
-    def run_update(index, noise):
+    def learn(index, noise):
         return update(agent, flat_replay[seed_index, index], noise, args)
 
-    graph = cuda_graph(run_update, agent, index, noise) if device.type == "cuda" else None
+    if device.type == "cuda":
+        no_index = torch.zeros(S, args.batch_size, dtype=torch.long, device=device)
+        learn = cuda_graph(learn, agent, no_index, torch.zeros(2, S, args.batch_size, action_dim, device=device))
 
     def save():
         """Everything that an exact continuation needs."""
@@ -866,9 +875,9 @@ def main():
 
         # learn: one update per transition and seed
         for _ in range(E if t * E >= args.learning_starts else 0):
-            index.copy_((draw(torch.rand, args.batch_size) * (t * E)).long())
-            noise.copy_(torch.stack([draw(torch.randn, args.batch_size, action_dim) for _ in range(2)]))
-            metrics = graph() if graph else run_update(index, noise)
+            index = (draw(torch.rand, args.batch_size) * (t * E)).long()
+            noise = torch.stack([draw(torch.randn, args.batch_size, action_dim) for _ in range(2)])
+            metrics = learn(index, noise)
 
         # evaluate, log, save
         done, stopped = t == T, bool(stop)

@@ -20,8 +20,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -62,50 +64,48 @@ def iql_products(O, A, B, H):  # noqa: E741
     ]
 
 
-def iql_update_path(sampler, num_seeds, device, num_transitions=200_000, obs_dim=11, action_dim=3):
-    """The update path of iql_red.py's main loop on synthetic transitions: a function that runs n updates."""
-    iql = harness.load("iql_red")
-    args = iql.Args(sampler=sampler, num_seeds=num_seeds)
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(num_transitions, 2 * obs_dim + action_dim + 2)).astype(np.float32)
-    rows[:, obs_dim : obs_dim + action_dim] = np.tanh(rows[:, obs_dim : obs_dim + action_dim])
-    rows[:, -1] = rng.random(num_transitions) > 0.01
-    lengths = np.full(num_transitions // 100, 100)
-    dataset = iql.Dataset(rows, lengths, rng.normal(size=len(lengths)), obs_dim, action_dim, {"id": None})
-    draw = iql.Sampler(iql.sampling_probabilities(dataset, args), device)
-    transitions = torch.from_numpy(rows).to(device)
-    agent = iql.IQLAgent(obs_dim, action_dim, args, device)
-    generators = [torch.Generator(device).manual_seed(s) for s in range(num_seeds)]
+@dataclass
+class UpdatePath:
+    """What `throughput` must know of an offline script to run its updates as its main loop does."""
 
-    def run_updates(index):
-        for row in index:
-            metrics = iql.update(agent, torch.nn.functional.embedding(row, transitions), args)
-        return metrics
+    agent: str
+    """name of the agent's class"""
+    products: Callable
+    """(O, A, B, hidden_sizes) -> the matrix products (m, k, n) of one update of one seed"""
+    noise_shapes: Callable = lambda args, A: ()
+    """what main() asks of draw_block"""
 
-    graph_index = torch.zeros(
-        iql.UPDATES_PER_GRAPH, num_seeds, args.batch_size, dtype=torch.long, device=device
-    )  # fmt: skip
-    replay = iql.cuda_graph(run_updates, agent, graph_index) if device.type == "cuda" else None
+    def start(self, script, sampler, num_seeds, device, num_transitions=200_000, O=11, A=3):  # noqa: E741
+        """Functions run(n), which makes n updates on synthetic transitions, and draw(n), which only draws for them."""
+        module = harness.load(script)
+        args = module.Args(sampler=sampler, num_seeds=num_seeds)
+        rng = np.random.default_rng(0)
+        rows = rng.normal(size=(num_transitions, 2 * O + A + 2)).astype(np.float32)
+        rows[:, O : O + A] = np.tanh(rows[:, O : O + A])
+        rows[:, -1] = rng.random(num_transitions) > 0.01
+        lengths = np.full(num_transitions // 100, 100)
+        dataset = module.Dataset(rows, lengths, rng.normal(size=len(lengths)), O, A, {"id": None})
+        draws = module.Sampler(module.sampling_probabilities(dataset, args), device)
+        agent = getattr(module, self.agent)(O, A, args, device)
+        generators = [torch.Generator(device).manual_seed(s) for s in range(num_seeds)]
+        learn, m = partial(module.run_updates, agent, torch.from_numpy(rows).to(device), args), module.UPDATES_PER_GRAPH
 
-    def draw_block():
-        shape = iql.UPDATES_PER_BLOCK, args.batch_size
-        u = [torch.rand(shape, generator=g, dtype=torch.float64, device=device) for g in generators]
-        return draw(torch.stack(u, 1))
+        def draw(n):
+            for _ in range(max(1, n // module.UPDATES_PER_BLOCK)):
+                block = module.draw_block(draws, generators, args.batch_size, *self.noise_shapes(args, A))
+            return block
 
-    def run(num_updates):
-        for _ in range(max(1, num_updates // iql.UPDATES_PER_BLOCK)):
-            for index in draw_block()[:num_updates].split(iql.UPDATES_PER_GRAPH):
-                if replay and len(index) == iql.UPDATES_PER_GRAPH:
-                    graph_index.copy_(index)
-                    replay()
-                else:
-                    run_updates(index)
+        def run(n):
+            for done in range(0, n, module.UPDATES_PER_BLOCK):
+                block = draw(1)
+                for i in range(0, min(n - done, module.UPDATES_PER_BLOCK), m):
+                    step(*(x[i : i + m] for x in block))
 
-    return run, lambda n: [draw_block() for _ in range(max(1, n // iql.UPDATES_PER_BLOCK))]
+        step = module.cuda_graph(learn, agent, *(x[:m] for x in draw(1))) if device.type == "cuda" else learn
+        return run, draw
 
 
-# script: (function that makes its update path, function that lists its matrix products)
-UPDATE_PATHS = {"iql_red": (iql_update_path, iql_products)}
+UPDATE_PATHS = {"iql_red": UpdatePath("IQLAgent", iql_products)}
 
 
 def seconds_of(run, n, device, threads):
@@ -135,11 +135,12 @@ class Throughput:
 
     def run(self):
         torch.set_num_threads(self.threads)
+        harness.load(self.scripts[0]).keep_freed_memory()
         for script in self.scripts:
-            path, list_products = UPDATE_PATHS[script]
+            path = UPDATE_PATHS[script]
             device = harness.load(script).choose_device(self.device)
             args = harness.load(script).Args()
-            products = list_products(11, 3, args.batch_size, args.hidden_sizes)
+            products = path.products(11, 3, args.batch_size, args.hidden_sizes)
             operands = [(torch.randn(m, k, device=device), torch.randn(k, n, device=device)) for m, k, n in products]
             outs = [torch.empty(m, n, device=device) for m, _, n in products]
 
@@ -148,9 +149,9 @@ class Throughput:
                     for (a, b), out in zip(operands, outs):
                         torch.mm(a, b, out=out)
 
-            uniform, draw_uniform = path("uniform", 1, device)
-            red, draw_red = path("red", 1, device)
-            five, _ = path("red", 5, device)
+            uniform, draw_uniform = path.start(script, "uniform", 1, device)
+            red, draw_red = path.start(script, "red", 1, device)
+            five, _ = path.start(script, "red", 5, device)
             variants = {
                 "floor": (floor, self.updates),
                 "uniform, 1 seed": (uniform, self.updates),

@@ -245,7 +245,7 @@ def test_normalised_scores_and_reward_scale(iql, tmp_path):
         ("none", [-20, 0, 3000, 200]),
     ):
         dataset = iql.load_dataset([str(harness.write_minari(tmp_path / mode, episodes))])
-        iql.transform_rewards(dataset, mode)
+        iql.transform_rewards(dataset, mode, iql.IQL_TRANSFORMS)
         assert dataset.transitions[:, 3] == pytest.approx(rewards, rel=1e-5)
         assert list(dataset.episode_returns) == [-20, 3200]  # as logged
 
@@ -258,7 +258,7 @@ def test_rewards_are_transformed_by_the_kind_of_environment(iql, tmp_path, env_i
     folder = harness.write_minari(tmp_path / "m", [steps([-20, 0]), steps([3000, 200])], **spec)
     dataset = iql.load_dataset([str(folder)])
     logged = dataset.transitions[:, 3].copy()
-    iql.transform_rewards(dataset, "auto")
+    iql.transform_rewards(dataset, "auto", iql.IQL_TRANSFORMS)
     assert dataset.transitions[:, 3] == pytest.approx(logged - 1 if factor is None else logged * factor, rel=1e-5)
 
 

@@ -1,5 +1,6 @@
 """iql_red.py against computations that share no code with it: numbers by hand, numpy, torch.distributions."""
 
+import functools
 import itertools
 import json
 import math
@@ -629,7 +630,7 @@ def test_reward_transforms(env_id, mode, expected):
     returns, lengths = np.array([-20.0, 1000.0, 3200.0]), np.array([2, 3, 5])
     dataset = make_dataset(returns, lengths, env_id=env_id)
     before = dataset.transitions.copy()
-    iql.transform_rewards(dataset, mode)
+    iql.transform_rewards(dataset, mode, iql.IQL_TRANSFORMS)
     reward = {"scale": before[:, 2] * 0.310559, "shift": before[:, 2] - 1, "none": before[:, 2]}[expected]
     np.testing.assert_allclose(dataset.transitions[:, 2], reward, rtol=2e-6)
     others = [0, 1, 3, 4]
@@ -640,7 +641,7 @@ def test_reward_transforms(env_id, mode, expected):
 def test_reward_scale_without_a_span():
     dataset = make_dataset(np.full(3, 60.0), env_id="Hopper-v5")
     before = dataset.transitions.copy()
-    iql.transform_rewards(dataset, "auto")
+    iql.transform_rewards(dataset, "auto", iql.IQL_TRANSFORMS)
     np.testing.assert_array_equal(dataset.transitions, before)
 
 
@@ -786,23 +787,14 @@ def test_captured_updates_equal_eager_ones():
     blocks = torch.randint(500, (2, 10, 2, 32), generator=torch.Generator().manual_seed(2)).to(device)
     agents = [make_agent(args, device="cuda") for _ in range(2)]
 
-    def run_updates(agent):
-        def run(index):
-            for row in index:
-                metrics = iql.update(agent, transitions[row], args)
-            return metrics
-
-        return run
-
-    index = torch.zeros_like(blocks[0])
+    learn = [functools.partial(iql.run_updates, agent, transitions, args) for agent in agents]
     first = snapshot(agents[0])
-    replay = iql.cuda_graph(run_updates(agents[0]), agents[0], index)
+    replay = iql.cuda_graph(learn[0], agents[0], torch.zeros_like(blocks[0]))
     for name, x in agents[0].state_dict().items():
         assert torch.equal(x, first[name]), name
     for block in blocks:
-        index.copy_(block)
-        captured = replay()
-        eager = run_updates(agents[1])(block)
+        captured = replay(block)
+        eager = learn[1](block)
     assert agents[0].num_updates == agents[1].num_updates == 20
     for name, x in agents[1].state_dict().items():
         torch.testing.assert_close(agents[0].state_dict()[name], x, rtol=1e-4, atol=1e-6)

@@ -647,8 +647,7 @@ def test_captured_updates_equal_eager_ones():
         assert torch.equal(x, first[name]), name
     for n in range(10):
         new_batch, new_noise = (x.to(device) for x in make_batch(S=2, seed=n))
-        batch.copy_(new_batch), noise.copy_(new_noise)
-        replay()
+        replay(new_batch, new_noise)
         sac.update(agents[1], new_batch, new_noise, args)
     for name, x in agents[1].state_dict().items():
         torch.testing.assert_close(agents[0].state_dict()[name], x, rtol=1e-4, atol=1e-5)
