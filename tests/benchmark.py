@@ -244,13 +244,13 @@ def p_base_cells(num_seeds, num_updates, extra):
 
 ALL = ("uniform", "red", "reward", "top10")
 GRIDS = {
-    "red_vs_uniform": iql_cells("red_vs_uniform", "hopper/replay-v0", ("uniform", "red"), 5, 20_000),
+    "red_vs_uniform": iql_cells("red_vs_uniform", "hopper/replay-v0", ("uniform", "red"), 5, 40_000, SMALL),
     "samplers": [
         cell
         for dataset in ("pointmaze/sparse-v0", "halfcheetah/replay-v0", "hopper/replay-v0", "hopper/medium-expert-v0")
-        for cell in iql_cells("samplers", dataset, ALL, 3, 20_000, SMALL)
+        for cell in iql_cells("samplers", dataset, ALL, 3, 40_000, SMALL)
     ],
-    "p_base": p_base_cells(3, 20_000, SMALL),
+    "p_base": p_base_cells(3, 40_000, SMALL),
     "paper": [  # the protocol of the paper, for a GPU
         cell
         for dataset in ("hopper/replay-v0", "hopper/medium-expert-v0", "halfcheetah/replay-v0", "pointmaze/sparse-v0")
@@ -260,7 +260,7 @@ GRIDS = {
 
 
 TITLES = {
-    "red_vs_uniform": "ReD against uniform sampling on the replay data, networks 2x256.",
+    "red_vs_uniform": "ReD against uniform sampling on the replay data, networks 2x128.",
     "samplers": "Four samplers, networks 2x128; the maze with expectile 0.9, beta 10, p_base 0.2.",
     "p_base": "The ReD paper's Table 3 on 0/1 returns, networks 2x128.",
     "paper": "The ReD paper's protocol, networks 2x256; for a GPU.",
