@@ -578,7 +578,7 @@ def test_zero_return_episodes_with_p_base_0_get_a_warning(run, tmp_path):
     flags = "--dataset", folder, *TINY, "--eval-episodes", 0
     done = run("iql_red", *flags, "--run-dir", tmp_path / "never")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("warning: 70.0% of the 10 transitions") and "never drawn" in done.stderr
+    assert done.stderr.startswith("warning: 7 of the 10 transitions (70.0%)") and "never drawn" in done.stderr
     healed = run("iql_red", *flags, "--p-base", 0.2, "--run-dir", tmp_path / "healed")
     assert healed.returncode == 0 and healed.stderr == ""
 
