@@ -64,6 +64,19 @@ def iql_products(O, A, B, H):  # noqa: E741
     ]
 
 
+def td3_bc_products(O, A, B, H):  # noqa: E741
+    """Every matrix product that one TD3+BC update of one seed cannot do without, on average: the actor's turn is every
+    other update, so its products have half of the batch."""
+    return [
+        *mlp_products([O, *H, A], B, backward=False),  # target actor
+        *mlp_products([O + A, *H, 1], B, backward=False, copies=2),  # target critics
+        *mlp_products([O + A, *H, 1], B, backward=True, copies=2),  # critics
+        *mlp_products([O, *H, A], B // 2, backward=True),  # actor
+        *mlp_products([O + A, *H, 1], B // 2, backward=False),  # Q_1 at its actions
+        *((B // 2, o, i) for i, o in pairwise([O + A, *H, 1])),  # and back to these
+    ]
+
+
 @dataclass
 class UpdatePath:
     """What `throughput` must know of an offline script to run its updates as its main loop does."""
@@ -74,6 +87,8 @@ class UpdatePath:
     """(O, A, B, hidden_sizes) -> the matrix products (m, k, n) of one update of one seed"""
     noise_shapes: Callable = lambda args, A: ()
     """what main() asks of draw_block"""
+    more: Callable = lambda module, args: ()
+    """what main() appends to its block"""
 
     def start(self, script, sampler, num_seeds, device, num_transitions=200_000, O=11, A=3):  # noqa: E741
         """Functions run(n), which makes n updates on synthetic transitions, and draw(n), which only draws for them."""
@@ -93,7 +108,7 @@ class UpdatePath:
         def draw(n):
             for _ in range(max(1, n // module.UPDATES_PER_BLOCK)):
                 block = module.draw_block(draws, generators, args.batch_size, *self.noise_shapes(args, A))
-            return block
+            return [*block, *self.more(module, args)]
 
         def run(n):
             for done in range(0, n, module.UPDATES_PER_BLOCK):
@@ -105,7 +120,15 @@ class UpdatePath:
         return run, draw
 
 
-UPDATE_PATHS = {"iql_red": UpdatePath("IQLAgent", iql_products)}
+UPDATE_PATHS = {
+    "iql_red": UpdatePath("IQLAgent", iql_products),
+    "td3_bc_red": UpdatePath(
+        "TD3BCAgent",
+        td3_bc_products,
+        lambda args, A: ((args.batch_size, A),),
+        lambda module, args: [module.actor_turns(0, args.policy_delay)],
+    ),
+}
 
 
 def seconds_of(run, n, device, threads):
@@ -221,20 +244,25 @@ class Cell:
 SMALL = ("--hidden-sizes", "128", "128")  # a quarter of the arithmetic, for grids that a CPU could not finish otherwise
 
 
-def iql_cells(grid, dataset, samplers, num_seeds, num_updates, extra=()):
-    """IQL under several samplers; PointMaze takes IQL's AntMaze settings, as the ReD paper's 0/1-return tasks do."""
-    maze = ("--expectile", "0.9", "--beta", "10") if "maze" in dataset else ()
+# PointMaze: IQL with its AntMaze settings; ReD with the p_base that its paper gives 0/1 returns
+MAZE_FLAGS = {"iql_red": ("--expectile", "0.9", "--beta", "10"), "dered_iql": ("--expectile", "0.9", "--beta", "10")}
+
+
+def sampler_cells(grid, script, dataset, samplers, num_seeds, num_updates, extra=()):
+    """A script under several samplers on one dataset."""
+    maze = MAZE_FLAGS.get(script, ()) if "maze" in dataset else ()
     cells = []
     for sampler in samplers:
-        p_base = ("--p-base", "0.2") if maze and sampler == "red" else ()
+        p_base = ("--p-base", "0.2") if "maze" in dataset and sampler == "red" else ()
         flags = ("--sampler", sampler, *p_base, *maze, *extra)
-        cells.append(Cell(grid, "iql_red", dataset, sampler, flags, num_seeds, num_updates))
+        cells.append(Cell(grid, script, dataset, sampler, flags, num_seeds, num_updates))
     return cells
 
 
 def p_base_cells(num_seeds, num_updates, extra):
     """The ReD paper's Table 3 on the 0/1-return maze; p_base = infinity is the uniform sampler."""
-    uniform, red = iql_cells("p_base", "pointmaze/sparse-v0", ("uniform", "red"), num_seeds, num_updates, extra)
+    maze = "pointmaze/sparse-v0"
+    uniform, red = sampler_cells("p_base", "iql_red", maze, ("uniform", "red"), num_seeds, num_updates, extra)
     cells = [replace(uniform, variant="p_base inf (uniform)")]
     for p_base in ("0", "0.2", "0.5", "1"):
         flags = tuple(p_base if f == "0.2" else f for f in red.flags)
@@ -243,19 +271,16 @@ def p_base_cells(num_seeds, num_updates, extra):
 
 
 ALL = ("uniform", "red", "reward", "top10")
+DATASETS = ("hopper/replay-v0", "hopper/medium-expert-v0", "halfcheetah/replay-v0", "pointmaze/sparse-v0")
 GRIDS = {
-    "red_vs_uniform": iql_cells("red_vs_uniform", "hopper/replay-v0", ("uniform", "red"), 5, 40_000, SMALL),
-    "samplers": [
-        cell
-        for dataset in ("pointmaze/sparse-v0", "halfcheetah/replay-v0", "hopper/replay-v0", "hopper/medium-expert-v0")
-        for cell in iql_cells("samplers", dataset, ALL, 3, 40_000, SMALL)
-    ],
+    "red_vs_uniform": sampler_cells("red_vs_uniform", "iql_red", DATASETS[0], ALL[:2], 5, 40_000, SMALL),
+    "samplers": [c for d in DATASETS for c in sampler_cells("samplers", "iql_red", d, ALL, 3, 40_000, SMALL)],
     "p_base": p_base_cells(3, 40_000, SMALL),
-    "paper": [  # the protocol of the paper, for a GPU
-        cell
-        for dataset in ("hopper/replay-v0", "hopper/medium-expert-v0", "halfcheetah/replay-v0", "pointmaze/sparse-v0")
-        for cell in iql_cells("paper", dataset, ALL, 5, 1_000_000)
-    ],
+    "td3_bc": [c for d in DATASETS for c in sampler_cells("td3_bc", "td3_bc_red", d, ALL[:2], 3, 40_000, SMALL)],
+    "crr": [c for d in DATASETS for c in sampler_cells("crr", "crr_red", d, ALL[:2], 3, 40_000, SMALL)],
+    "cql": [c for d in DATASETS for c in sampler_cells("cql", "cql_red", d, ALL, 3, 10_000, SMALL)],
+    # the protocol of the paper, for a GPU
+    "paper": [c for d in DATASETS for c in sampler_cells("paper", "iql_red", d, ALL, 5, 1_000_000)],
 }
 
 
@@ -263,7 +288,10 @@ TITLES = {
     "red_vs_uniform": "ReD against uniform sampling on the replay data, networks 2x128.",
     "samplers": "Four samplers, networks 2x128; the maze with expectile 0.9, beta 10, p_base 0.2.",
     "p_base": "The ReD paper's Table 3 on 0/1 returns, networks 2x128.",
-    "paper": "The ReD paper's protocol, networks 2x256; for a GPU.",
+    "td3_bc": "TD3+BC, networks 2x128 (the ReD paper's Table 1).",
+    "crr": "CRR, networks 2x128 (Table 1).",
+    "cql": "CQL, networks 2x128 (Tables 1 and 4); ten times as dear as the others, hence fewer updates.",
+    "paper": "IQL in the ReD paper's protocol, networks 2x256; for a GPU.",
 }
 
 
