@@ -858,10 +858,20 @@ def evaluate_run(args, agent_class):
     env = make_env(environment)
     agent = agent_class(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
     agent.load_state_dict(load_checkpoint(run_dir, "cpu")["agent"])
+    video_dir = run_dir / "videos" if args.capture_video else None
+    if video_dir and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     for s in range(args.num_seeds):
         env_seeds = [episode_seed(args.seed + s, 2**31, e) for e in range(args.eval_episodes or 10)]
-        video_dir = run_dir / "videos" if args.capture_video else None
-        returns, lengths = np.array(run_episodes(policy_of_seed(agent.actor, s), environment, env_seeds, video_dir)).T
+        try:
+            results = run_episodes(policy_of_seed(agent.actor, s), environment, env_seeds, video_dir)
+        except Exception as e:  # each graphics library fails in its own way
+            if not video_dir:
+                raise
+            with contextlib.suppress(OSError):
+                video_dir.rmdir()  # if it is empty
+            fail(f"no video can be rendered ({e})", "set MUJOCO_GL to egl or osmesa, or leave out --capture-video")
+        returns, lengths = np.array(results).T
         score = np.mean(normalized_score(returns, environment["references"]))
         print(
             f"seed {args.seed + s}: return {returns.mean():.1f} ± {returns.std():.1f} (standard deviation over "

@@ -77,6 +77,17 @@ def td3_bc_products(O, A, B, H):  # noqa: E741
     ]
 
 
+def crr_products(O, A, B, H):  # noqa: E741
+    """Every matrix product that one CRR update of one seed cannot do without."""
+    return [
+        *mlp_products([O + A, *H, 1], B, backward=True),  # critic at the logged actions
+        *mlp_products([O, *H, 2 * A], B, backward=True),  # actor
+        *mlp_products([O + A, *H, 1], 4 * B, backward=False),  # critic at 4 actions of the policy
+        *mlp_products([O, *H, 2 * A], B, backward=False),  # target actor
+        *mlp_products([O + A, *H, 1], B, backward=False),  # target critic
+    ]
+
+
 @dataclass
 class UpdatePath:
     """What `throughput` must know of an offline script to run its updates as its main loop does."""
@@ -127,6 +138,9 @@ UPDATE_PATHS = {
         td3_bc_products,
         lambda args, A: ((args.batch_size, A),),
         lambda module, args: [module.actor_turns(0, args.policy_delay)],
+    ),
+    "crr_red": UpdatePath(
+        "CRRAgent", crr_products, lambda args, A: ((args.num_action_samples, args.batch_size, A), (args.batch_size, A))
     ),
 }
 

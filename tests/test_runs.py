@@ -226,6 +226,21 @@ def test_evaluate_trains_nothing(runs):
     assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
 
 
+def test_capture_video(runs, tmp_path):
+    """One film per seed where the machine can render; where it cannot, one line says so and no folder stays."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(runs[0][0], run_dir)
+    flags = "--evaluate", run_dir, "--eval-episodes", 1, "--capture-video"
+    done = harness.run("iql_red", *flags, MUJOCO_GL="nonsense")
+    assert done.returncode == 2 and not (run_dir / "videos").exists()
+    assert re.fullmatch(r"error: .*MUJOCO_GL.*; .*\n", done.stderr), done.stderr
+    done = harness.run("iql_red", *flags)
+    if done.returncode == 2 and "no video can be rendered" in done.stderr:
+        pytest.skip("this machine renders nothing")
+    assert done.returncode == 0, done.stderr
+    assert len(list((run_dir / "videos").glob("*.mp4"))) == 2
+
+
 def test_resume_of_a_finished_run_changes_nothing(runs, tmp_path):
     """It says the last line again: the mean of the last 10 of these 30 evaluations, per seed, then over seeds."""
     run_dir, csv = tmp_path / "run", tmp_path / "run" / "evaluations.csv"
