@@ -287,7 +287,7 @@ def p_base_cells(num_seeds, num_updates, extra):
 ALL = ("uniform", "red", "reward", "top10")
 DATASETS = ("hopper/replay-v0", "hopper/medium-expert-v0", "halfcheetah/replay-v0", "pointmaze/sparse-v0")
 GRIDS = {
-    "red_vs_uniform": sampler_cells("red_vs_uniform", "iql_red", DATASETS[0], ALL[:2], 5, 40_000, SMALL),
+    "red_vs_uniform": sampler_cells("red_vs_uniform", "iql_red", DATASETS[0], ALL[:2], 5, 100_000, SMALL),
     "samplers": [c for d in DATASETS for c in sampler_cells("samplers", "iql_red", d, ALL, 3, 40_000, SMALL)],
     "p_base": p_base_cells(3, 40_000, SMALL),
     "td3_bc": [c for d in DATASETS for c in sampler_cells("td3_bc", "td3_bc_red", d, ALL[:2], 3, 40_000, SMALL)],
