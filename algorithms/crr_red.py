@@ -702,8 +702,8 @@ def keep_freed_memory():
     """Tells glibc to keep freed activations: pages that go back to the system are faulted in again at every update."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to a gigabyte stays
+        mallopt(-4, 0)  # M_MMAP_MAX: large activations come from the heap too
 
 
 def make_env(environment, **make_kwargs):
@@ -859,7 +859,7 @@ class Evaluator:
 def print_result(args, run_dir, num_updates, rate):
     """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
     text = ""
-    if args.eval_episodes:
+    if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
         rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
@@ -1032,7 +1032,6 @@ def main():
         return evaluate_run(args, CRRAgent)
     device, S = choose_device(args.device), args.num_seeds
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    keep_freed_memory()
 
     # data, on the device; the sampler sees the rewards as logged, the learner transformed ones
     dataset = load_dataset(args.dataset, args.env_id, args.seed)
@@ -1058,7 +1057,8 @@ def main():
     if args.resume:
         agent.load_state_dict(checkpoint["agent"])
         for generator, state in zip(generators, checkpoint["generators"]):
-            generator.set_state(state.cpu())
+            if len(state) == len(generator.get_state()):  # else it comes from another kind of device: new draws
+                generator.set_state(state.cpu())
         evaluator.resume(num_updates, checkpoint["pending_evaluations"], agent.actor)
 
     generator_states = [generator.get_state() for generator in generators]
@@ -1075,6 +1075,7 @@ def main():
 
     if not args.resume:
         save()
+    keep_freed_memory()
     learn, graph = partial(run_updates, agent, transitions, args), None
     noise_shapes = (args.num_action_samples, args.batch_size, dataset.action_dim), (args.batch_size, dataset.action_dim)
     started, printed, block_start, stopped, rate = time.time(), time.time(), -1, False, 0
@@ -1095,6 +1096,8 @@ def main():
             inputs = [x[num_updates - block_start :][:n] for x in block]
             metrics = graph(*inputs) if graph and n == UPDATES_PER_GRAPH else learn(*inputs)
             num_updates += n
+            if stop:
+                break
         done, stopped = num_updates == args.num_updates, bool(stop)
 
         # evaluate, log, save

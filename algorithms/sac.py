@@ -389,8 +389,8 @@ def keep_freed_memory():
     """Tells glibc to keep freed activations: pages that go back to the system are faulted in again at every update."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to a gigabyte stays
+        mallopt(-4, 0)  # M_MMAP_MAX: large activations come from the heap too
 
 
 def make_env(environment, **make_kwargs):
@@ -546,7 +546,7 @@ class Evaluator:
 def print_result(args, run_dir, num_updates, rate):
     """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
     text = ""
-    if args.eval_episodes:
+    if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
         rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
@@ -790,7 +790,6 @@ def main():
             fail(f"{folder} is there already", "give another folder to write the dataset to")
     device, S, E = choose_device(args.device), args.num_seeds, args.num_envs
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    keep_freed_memory()
 
     references = D4RL_REFERENCES.get(args.env_id.split("-")[0].split("_")[0])
     environment = {"id": args.env_id, "kwargs": {}, "references": references}
@@ -820,7 +819,8 @@ def main():
         replay[:, :t], ends[:, :t] = checkpoint["replay"], checkpoint["ends"].cpu().numpy()
         agent.load_state_dict(checkpoint["agent"])
         for generator, state in zip(generators, checkpoint["generators"]):
-            generator.set_state(state.cpu())
+            if len(state) == len(generator.get_state()):  # else it comes from another kind of device: new draws
+                generator.set_state(state.cpu())
     writer = SummaryWriter(run_dir, purge_step=t * E)
     evaluator = Evaluator(args, environment, run_dir, writer)
     if checkpoint:
@@ -861,6 +861,7 @@ def main():
 
     if not args.resume:
         save()
+    keep_freed_memory()
     started, printed, first_t, metrics, stopped, rate = time.time(), time.time(), t, {}, False, 0
     while t < T and not stopped:
         # act: at random first, then from the policy

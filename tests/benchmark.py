@@ -24,7 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Annotated
@@ -88,6 +88,27 @@ def crr_products(O, A, B, H):  # noqa: E741
     ]
 
 
+def cql_products(O, A, B, H):  # noqa: E741
+    """Every matrix product that one CQL update of one seed cannot do without, at 10 actions from each source."""
+    K = 31  # actions at each state that the critics learn from; the first layer's part for the state is made once
+    return [
+        *mlp_products([O, *H, 2 * A], B, backward=True),  # actor at s
+        *mlp_products([O, *H, 2 * A], B, backward=False),  # actor at s'
+        *mlp_products([O + A, *H, 1], B, backward=False, copies=4),  # target critics, critics at the policy's action
+        *[(B, o, i) for i, o in pairwise([A, *H, 1])] * 2,  # their gradient towards that action
+        *[(B, O, H[0]), (O, B, H[0])] * 2,  # critics: the state's part of the first layer
+        *mlp_products([A, *H, 1], K * B, backward=True, copies=2),  # all the rest of the critics
+    ]
+
+
+def dered_iql_products(O, A, B, H):  # noqa: E741
+    """Those of stage 2: an IQL update without the weight gradients of the frozen heads."""
+    products = iql_products(O, A, B, H)
+    for head in [(H[-1], B, 1), (H[-1], B, A), *[(H[-1], B, 1)] * 2]:
+        products.remove(head)
+    return products
+
+
 @dataclass
 class UpdatePath:
     """What `throughput` must know of an offline script to run its updates as its main loop does."""
@@ -121,12 +142,18 @@ class UpdatePath:
                 block = module.draw_block(draws, generators, args.batch_size, *self.noise_shapes(args, A))
             return [*block, *self.more(module, args)]
 
-        def run(n):
-            for done in range(0, n, module.UPDATES_PER_BLOCK):
+        def chunks():
+            """A block after the other, in the pieces that the main loop hands to run_updates."""
+            while True:
                 block = draw(1)
-                for i in range(0, min(n - done, module.UPDATES_PER_BLOCK), m):
-                    step(*(x[i : i + m] for x in block))
+                for i in range(0, module.UPDATES_PER_BLOCK, m):
+                    yield [x[i : i + m] for x in block]
 
+        def run(n):
+            for inputs in islice(endless, n // m):
+                step(*inputs)
+
+        endless = chunks()
         step = module.cuda_graph(learn, agent, *(x[:m] for x in draw(1))) if device.type == "cuda" else learn
         return run, draw
 
@@ -139,6 +166,8 @@ UPDATE_PATHS = {
         lambda args, A: ((args.batch_size, A),),
         lambda module, args: [module.actor_turns(0, args.policy_delay)],
     ),
+    "dered_iql": UpdatePath("stage2_agent", dered_iql_products),
+    "cql_red": UpdatePath("CQLAgent", cql_products, lambda args, A: harness.load("cql_red").noise_shapes(args, A)),
     "crr_red": UpdatePath(
         "CRRAgent", crr_products, lambda args, A: ((args.num_action_samples, args.batch_size, A), (args.batch_size, A))
     ),
@@ -189,13 +218,14 @@ class Throughput:
             uniform, draw_uniform = path.start(script, "uniform", 1, device)
             red, draw_red = path.start(script, "red", 1, device)
             five, _ = path.start(script, "red", 5, device)
+            n = self.updates if script != "cql_red" else max(20, self.updates // 10)  # CQL is ten times as dear
             variants = {
-                "floor": (floor, self.updates),
-                "uniform, 1 seed": (uniform, self.updates),
-                "red, 1 seed": (red, self.updates),
-                "red, 5 seeds": (five, max(100, self.updates // 2)),
-                "sampler uniform": (draw_uniform, self.updates),
-                "sampler red": (draw_red, self.updates),
+                "floor": (floor, n),
+                "uniform, 1 seed": (uniform, n),
+                "red, 1 seed": (red, n),
+                "red, 5 seeds": (five, n // 2),
+                "sampler uniform": (draw_uniform, 100),
+                "sampler red": (draw_red, 100),
             }
             times = defaultdict(list)  # seconds per update, one entry a round
             for round_number in range(self.rounds + 1):
@@ -258,8 +288,9 @@ class Cell:
 SMALL = ("--hidden-sizes", "128", "128")  # a quarter of the arithmetic, for grids that a CPU could not finish otherwise
 
 
+TINY = ("--hidden-sizes", "64", "64")
 # PointMaze: IQL with its AntMaze settings; ReD with the p_base that its paper gives 0/1 returns
-MAZE_FLAGS = {"iql_red": ("--expectile", "0.9", "--beta", "10"), "dered_iql": ("--expectile", "0.9", "--beta", "10")}
+MAZE_FLAGS = {"iql_red": ("--expectile", "0.9", "--beta", "10")}
 
 
 def sampler_cells(grid, script, dataset, samplers, num_seeds, num_updates, extra=()):
@@ -270,6 +301,16 @@ def sampler_cells(grid, script, dataset, samplers, num_seeds, num_updates, extra
         p_base = ("--p-base", "0.2") if "maze" in dataset and sampler == "red" else ()
         flags = ("--sampler", sampler, *p_base, *maze, *extra)
         cells.append(Cell(grid, script, dataset, sampler, flags, num_seeds, num_updates))
+    return cells
+
+
+def dered_cells(grid, dataset, num_seeds, num_updates, extra=()):
+    """DeReD and DeReD-A; stage 1 is the uniform run of iql_red.py, bit by bit, so that its cell is their stage 1."""
+    maze = (*MAZE_FLAGS["iql_red"], "--p-base", "0.2") if "maze" in dataset else ()
+    cells = sampler_cells(grid, "iql_red", dataset, ("uniform", "red"), num_seeds, num_updates, extra)
+    for variant, finetune in (("DeReD", "trunk"), ("DeReD-A", "all")):
+        flags = ("--finetune", finetune, "--stage2-updates", str(num_updates // 2), *maze, *extra)
+        cells.append(Cell(grid, "dered_iql", dataset, variant, flags, num_seeds, num_updates))
     return cells
 
 
@@ -292,7 +333,8 @@ GRIDS = {
     "p_base": p_base_cells(3, 40_000, SMALL),
     "td3_bc": [c for d in DATASETS for c in sampler_cells("td3_bc", "td3_bc_red", d, ALL[:2], 3, 40_000, SMALL)],
     "crr": [c for d in DATASETS for c in sampler_cells("crr", "crr_red", d, ALL[:2], 3, 40_000, SMALL)],
-    "cql": [c for d in DATASETS for c in sampler_cells("cql", "cql_red", d, ALL, 3, 10_000, SMALL)],
+    "cql": [c for d in DATASETS for c in sampler_cells("cql", "cql_red", d, ALL, 3, 40_000, TINY)],
+    "dered": [c for d in DATASETS for c in dered_cells("dered", d, 3, 40_000, SMALL)],
     # the protocol of the paper, for a GPU
     "paper": [c for d in DATASETS for c in sampler_cells("paper", "iql_red", d, ALL, 5, 1_000_000)],
 }
@@ -304,7 +346,8 @@ TITLES = {
     "p_base": "The ReD paper's Table 3 on 0/1 returns, networks 2x128.",
     "td3_bc": "TD3+BC, networks 2x128 (the ReD paper's Table 1).",
     "crr": "CRR, networks 2x128 (Table 1).",
-    "cql": "CQL, networks 2x128 (Tables 1 and 4); ten times as dear as the others, hence fewer updates.",
+    "cql": "CQL, networks 2x64, which is what a CPU can afford (Tables 1 and 4).",
+    "dered": "DeReD on IQL, networks 2x128 (Tables 2 and 5): stage 1 is uniform, stage 2 adds half as many updates.",
     "paper": "IQL in the ReD paper's protocol, networks 2x256; for a GPU.",
 }
 

@@ -226,6 +226,14 @@ def test_evaluate_trains_nothing(runs):
     assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
 
 
+def test_evaluation_may_be_turned_on_when_a_run_is_over(data, tmp_path):
+    """A run without evaluations has nothing to average; going on from its end prints the last line all the same."""
+    flags = "--dataset", data, *SMALL, "--num-updates", 10, "--eval-episodes", 0, "--run-dir", tmp_path / "run"
+    finish(*flags)
+    done = finish("--resume", tmp_path / "run", "--eval-episodes", 2)
+    assert "10 updates" in done.stdout.splitlines()[-1] and "Traceback" not in done.stderr
+
+
 def test_capture_video(runs, tmp_path):
     """One film per seed where the machine can render; where it cannot, one line says so and no folder stays."""
     run_dir = tmp_path / "run"
