@@ -17,6 +17,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: at the tests' sizes a second thread only costs
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "algorithms").glob("*.py"))
 DATA = ROOT / "tests" / "data"
