@@ -15,9 +15,9 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -329,6 +329,7 @@ ALL = ("uniform", "red", "reward", "top10")
 DATASETS = ("hopper/replay-v0", "hopper/medium-expert-v0", "halfcheetah/replay-v0", "pointmaze/sparse-v0")
 GRIDS = {
     "red_vs_uniform": sampler_cells("red_vs_uniform", "iql_red", DATASETS[0], ALL[:2], 5, 100_000, SMALL),
+    "red_vs_uniform_40k": sampler_cells("red_vs_uniform_40k", "iql_red", DATASETS[0], ALL[:2], 5, 40_000, SMALL),
     "samplers": [c for d in DATASETS for c in sampler_cells("samplers", "iql_red", d, ALL, 3, 40_000, SMALL)],
     "p_base": p_base_cells(3, 40_000, SMALL),
     "td3_bc": [c for d in DATASETS for c in sampler_cells("td3_bc", "td3_bc_red", d, ALL[:2], 3, 40_000, SMALL)],
@@ -342,6 +343,7 @@ GRIDS = {
 
 TITLES = {
     "red_vs_uniform": "ReD against uniform sampling on the replay data, networks 2x128.",
+    "red_vs_uniform_40k": "The same with 40,000 updates.",
     "samplers": "Four samplers, networks 2x128; the maze with expectile 0.9, beta 10, p_base 0.2.",
     "p_base": "The ReD paper's Table 3 on 0/1 returns, networks 2x128.",
     "td3_bc": "TD3+BC, networks 2x128 (the ReD paper's Table 1).",
@@ -381,17 +383,20 @@ def read(path):
 
 
 def run_cell(cell, lock):
-    """Makes the run of one cell and appends its scores and curves."""
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir, start = Path(folder) / "run", time.time()
-        command = [sys.executable, *cell.command, "--run-dir", str(run_dir)]
-        env = {"OMP_NUM_THREADS": "1", **os.environ}
-        done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, env=env)
-        if done.returncode:
-            print(f"FAILED {' '.join(cell.command)}\n{done.stderr}", flush=True)
-            return
-        seconds, rows = time.time() - start, harness.read_evaluations(run_dir)
-        commit = json.loads((run_dir / "config.json").read_text())["git_commit"]
+    """Makes the run of one cell, or goes on with it where it was stopped, and appends its scores and curves."""
+    run_dir, start = harness.ROOT / "runs" / "benchmark" / cell.run, time.time()
+    flags = "--checkpoint-every", str(max(1, cell.num_updates // 20))
+    if (run_dir / "checkpoint.pt").exists():
+        command = [sys.executable, cell.command[0], "--resume", str(run_dir), *flags]
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)  # killed before its first checkpoint
+        command = [sys.executable, *cell.command, "--run-dir", str(run_dir), *flags]
+    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(f"FAILED {' '.join(command)}\n{done.stderr}", flush=True)
+        return
+    seconds, rows = time.time() - start, harness.read_evaluations(run_dir)
+    commit = json.loads((run_dir / "config.json").read_text())["git_commit"]
     shared = {"run": cell.run}
     curves = [
         {
@@ -430,6 +435,7 @@ def run_cell(cell, lock):
     with lock:
         append(RESULTS / "curves.csv", curves)
         append(RESULTS / "scores.csv", scores)
+    shutil.rmtree(run_dir)
     mean = np.mean([row["last10_score"] for row in scores])
     print(f"{cell.grid:15s} {cell.dataset:24s} {cell.variant:20s} score {mean:6.1f} ({seconds:.0f} s)", flush=True)
 
@@ -512,7 +518,9 @@ def plot(grid, dataset, cells, curves):
         axes.plot(updates, mean, label=variant)
         axes.fill_between(updates, mean - std, mean + std, alpha=0.2, linewidth=0)
     seeds = cells[0].num_seeds
-    axes.set(xlabel="updates", ylabel="normalised score", title=f"{dataset}, {seeds} seeds, mean ± std")
+    axes.set(
+        xlabel="updates", ylabel="normalised score", title=f"{cells[0].script} on {dataset}, {seeds} seeds, mean ± std"
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     name = f"{grid}_{dataset.replace('/', '-')}.svg"

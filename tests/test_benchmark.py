@@ -1,0 +1,72 @@
+"""benchmark.py: cells are run, gone on with and tabled; every grid's cells name scripts and flags that exist."""
+
+import shutil
+from threading import Lock
+
+import benchmark
+import harness
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch):
+    """A cell of ten updates on synthetic data, with results in a folder of their own."""
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
+    data = harness.write_minari(tmp_path / "hopper", harness.hopper_episodes())
+    flags = "--sampler", "red", "--hidden-sizes", "8", "8", "--batch-size", "16", "--eval-episodes", "1"
+    cell = benchmark.Cell("tiny", "iql_red", str(data), "red", flags, num_seeds=2, num_updates=40)
+    yield cell
+    shutil.rmtree(harness.ROOT / "runs" / "benchmark" / cell.run, ignore_errors=True)
+
+
+def test_a_stopped_cell_goes_on(cell, tmp_path):
+    """A cell that finds its run folder resumes it; scores and curves are those of a run that was not stopped."""
+    run_dir = harness.ROOT / "runs" / "benchmark" / cell.run
+    benchmark.run_cell(cell, Lock())
+    assert not run_dir.exists()
+    whole = [benchmark.read(benchmark.RESULTS / name) for name in ("scores.csv", "curves.csv")]
+    shutil.rmtree(benchmark.RESULTS)
+
+    script, *flags = cell.command
+    done = harness.run("iql_red", *flags, "--run-dir", run_dir)  # as if stopped when all but the tables was done
+    assert done.returncode == 0, done.stderr
+    before = harness.read_evaluations(run_dir)
+    benchmark.run_cell(cell, Lock())
+    resumed = [benchmark.read(benchmark.RESULTS / name) for name in ("scores.csv", "curves.csv")]
+    for rows in (*whole, *resumed):
+        for row in rows:
+            row.pop("seconds", None)
+    assert resumed == whole and len(whole[0]) == 2 and len(whole[1]) == 2 * 20
+
+    for row in whole[0]:  # the mean of the last ten of the twenty evaluations, by hand
+        mine = (before["seed"] == int(row["seed"])) & (before["update"] > 20)
+        assert np.isclose(float(row["last10_score"]), before["normalized_score"][mine].mean(), atol=2e-3)
+        assert np.isclose(float(row["last10_return"]), before["return"][mine].mean(), atol=2e-3)
+
+
+@pytest.mark.parametrize("grid", benchmark.GRIDS)
+def test_grids_name_flags_that_exist(grid, monkeypatch):
+    """Each cell's command line parses; hours are not the time to find a typo."""
+    for cell in benchmark.GRIDS[grid]:
+        monkeypatch.setattr("sys.argv", cell.command)
+        args = harness.load(cell.script).parse_args()
+        assert args.num_updates == cell.num_updates and args.dataset == (cell.dataset,)
+    assert grid in benchmark.TITLES
+
+
+@pytest.mark.parametrize("script", benchmark.UPDATE_PATHS)
+def test_throughput_runs_the_real_updates(script):
+    """The update path that is timed moves the agent as many steps as it says."""
+    import torch
+
+    benchmark.UPDATE_PATHS[script].products(11, 3, 256, (256, 256))
+    module, device = harness.load(script), torch.device("cpu")
+    steps = []
+    original, module.update = module.update, lambda *args: steps.append(1) or original(*args)
+    try:
+        run, draw = benchmark.UPDATE_PATHS[script].start(script, "red", 1, device, num_transitions=1000)
+        run(20)
+        assert len(steps) == 20 and len(draw(100)[0]) == module.UPDATES_PER_BLOCK
+    finally:
+        module.update = original
