@@ -177,8 +177,8 @@ class MLP(nn.Module):
 class Adam(nn.Module):
     """Adam (Kingma and Ba, 2015) by torch's fused kernel, with all of its state in fixed buffers.
 
-    torch.optim.Adam computes the same, but its bookkeeping costs as much as the backward pass of a small network, and
-    state that is there from the start goes into CUDA graphs and checkpoints without further ado.
+    torch.optim.Adam computes the same, but its bookkeeping costs time that small networks notice, and state that is
+    there from the start goes into CUDA graphs and checkpoints without further ado.
     """
 
     def __init__(self, parameters, learning_rate):
@@ -379,9 +379,11 @@ def choose_device(name):
     """torch.device for --device: auto, cpu, cuda, cuda:1, ..."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("these scripts know cpu and cuda")
         torch.zeros(1, device=device)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
 
 

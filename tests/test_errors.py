@@ -433,7 +433,7 @@ def test_help_is_no_error(run):
     assert done.returncode == 0 and "--p-base" in done.stdout and "error:" not in done.stderr
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:7", "foo", "cpu:x"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "meta", "foo", "cpu:x"])
 @pytest.mark.parametrize("script", ["iql_red", "sac"])
 def test_device_that_is_not_there(refuses, data, script, device):
     flags = ("--dataset", data) if script == "iql_red" else ("--env-id", "Pendulum-v1")
