@@ -484,12 +484,13 @@ def stop_signals_blocked():
 class Evaluator:
     """Evaluates snapshots of the policies in worker processes, beside training, and reports in the order of updates.
 
-    Neither the number of workers nor a stop and resume changes a result.
+    Neither the number of workers nor a stop and resume changes a result. Scripts that evaluate one policy in several
+    ways have an evaluator for each, whose `variant` is in the names of its results.
     """
 
-    def __init__(self, args, environment, run_dir, writer):
+    def __init__(self, args, environment, run_dir, writer, variant=""):
         self.args, self.environment, self.writer = args, environment, writer
-        self.csv_path = run_dir / "evaluations.csv"
+        self.name, self.csv_path = f"evaluation{variant}", run_dir / f"evaluations{variant}.csv"
         self.pending = {}  # update: (state of the actor then, one job per seed)
         workers = args.eval_workers
         if workers is None:
@@ -523,10 +524,10 @@ class Evaluator:
             with self.csv_path.open("a", newline="") as file:
                 rows = [(update, *result, f"{score:.4f}") for result, score in zip(results, scores)]
                 csv.writer(file, lineterminator="\n").writerows(rows)
-            self.writer.add_scalar("evaluation/return", returns.mean(), update)
-            self.writer.add_scalar("evaluation/normalized_score", scores.mean(), update)
+            self.writer.add_scalar(f"{self.name}/return", returns.mean(), update)
+            self.writer.add_scalar(f"{self.name}/normalized_score", scores.mean(), update)
             mean, score = returns.mean(), scores.mean()
-            print(f"evaluation at {update:,}: return {mean:.1f}{score_text(score)}", flush=True)
+            print(f"{self.name} at {update:,}: return {mean:.1f}{score_text(score)}", flush=True)
             del self.pending[update]
 
     def resume(self, update, pending, actor):
