@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-asac, awac = harness.load("asac"), harness.load("awac")
+asac = harness.load("asac")
 
 O, A = 4, 2  # noqa: E741  dimensions of the small agents below
 CPU = torch.device("cpu")
@@ -294,10 +294,26 @@ def test_trees_of_seeds_are_apart():
         assert torch.equal(drawn[s], alone.sample(u[s : s + 1])[0])
 
 
-def test_nan_is_drawn_from_inside():
+def test_a_tree_and_its_checkpoint_are_one():
+    """What a state dict or a deep copy holds is what is updated and drawn from; loading works in place."""
+    tree, index = tree_of(np.zeros((1, 40_000))), torch.tensor([[7]])
+    other = copy.deepcopy(tree)
+    tree.update(index, torch.full((1, 1), 100.0, dtype=torch.float64))
+    assert tree.state_dict()["level0"][7] == 100 and tree.state_dict()["level1"].max() == 100
+    u = torch.rand(1, 100, 2, dtype=torch.float64)
+    assert (tree.sample(u) == 7).all() and not (other.sample(u) == 7).any()
+    other.load_state_dict(tree.state_dict())
+    assert torch.equal(other.sample(u), tree.sample(u)) and other.total == tree.total
+    other.update(index, torch.zeros(1, 1, dtype=torch.float64))
+    assert copy.deepcopy(other).state_dict()["level1"].max().item() == pytest.approx(math.log(8))
+
+
+@pytest.mark.parametrize("fan_out, top", SHAPES)
+def test_nan_is_drawn_from_inside(fan_out, top):
     """A diverged agent goes on with indices of transitions that exist."""
-    for leaves in (np.full((2, 20_001), math.nan), np.full((2, 3), -INF), np.full((2, 20_001), INF)):
-        index = tree_of(leaves).sample(torch.rand(2, 50, 2, dtype=torch.float64))
+    for leaves in (np.full((2, 1001), math.nan), np.full((2, 3), -INF), np.full((2, 1001), INF)):
+        tree = tree_of(leaves, fan_out, top)
+        index = tree.sample(torch.rand(2, 50, tree.depth + 1, dtype=torch.float64))
         assert index.min() >= 0 and index.max() < leaves.shape[1]
 
 
@@ -560,7 +576,7 @@ def lower_mean(q, pessimism):
 
 
 class NumpyActorCritic:
-    """One seed of what asac.py and awac.py share, in numpy, float64, written from the equations."""
+    """One seed of asac.py, in numpy, float64, written from the equations."""
 
     def __init__(self, agent, s, args):
         def layers(mlp, *lead):
@@ -731,12 +747,10 @@ def test_actor_gradient_is_that_of_awac_on_all_data():
         advantage = asac.advantages(agent.critic, obs, action, agent.actor(obs), args.pessimism)
     agent.tree.update(torch.arange(N)[None], advantage.double() / args.beta)
     agent.tree.update = lambda *_: None  # frozen
-    full = awac.AWACAgent(O, A, awac.Args(hidden_sizes=(16, 16), num_critics=3), CPU)
-    full.load_state_dict({name: x for name, x in agent.state_dict().items() if not name.startswith("tree.")})
-    exact, notes = record(full), record(agent)
-    zero = torch.zeros(1, N, A)
-    awac.update(full, transitions[None], zero, zero, awac.Args(hidden_sizes=(16, 16), num_critics=3, beta=0.3))
-    exact = exact[1][2]
+    weights = (advantage / args.beta).softmax(-1)  # AWAC (5) on the whole dataset
+    loss = -(weights * agent.actor.log_prob(agent.actor(obs), action)).sum()
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(loss, agent.optimizers["actor"].params)])
+    notes = record(agent)
 
     def z_scores(gradients):
         error = gradients.std(0) / math.sqrt(len(gradients))
@@ -870,7 +884,7 @@ def test_presets():
     assert (asac.Args().architecture, asac.Args().num_critics, asac.Args().pessimism) == ("simple-small", 2, 0.5)
     args = asac.Args(preset="antmaze", num_critics=10)
     assert (args.architecture, args.num_critics, args.pessimism, args.beta) == ("modern", 10, 0.0, 0.1)
-    assert args.max_advantage == INF and awac.Args(preset="antmaze").max_advantage == 1
+    assert args.max_advantage == INF
     assert asac.Args(preset="mood").architecture == "simple-large" and asac.Args(preset="mood").num_updates == 1_500_000
     assert asac.Args(preset="locomotion-0.1").num_critics == 10 and asac.Args(preset="locomotion").num_critics == 5
     assert asac.Args(pessimism=0.0).pessimism == 0 and asac.Args(hidden_sizes=(8, 8)).hidden_sizes == (8, 8)
