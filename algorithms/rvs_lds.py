@@ -38,7 +38,7 @@ What differs from the papers and their code, and why.
     - Weights, draws and dropout masks come from one random generator per seed, so that a seed gives the same run alone
       or among others.
 
-Run:      python algorithms/rvs_lds.py --dataset hopper/medium-expert-v0 --weighting lds
+Run:      python algorithms/rvs_lds.py --dataset halfcheetah/replay-v0 --weighting lds
 Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
 """
 
