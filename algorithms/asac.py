@@ -241,46 +241,44 @@ class LogSumExpTree(torch.nn.Module):
         width = -(-num_leaves // self.FAN_OUT**self.depth) * self.FAN_OUT**self.depth
         leaves = torch.full((num_seeds, width), -math.inf, dtype=torch.float64, device=device)
         leaves[:, :num_leaves] = 0
-        self.register_buffer("level0", leaves.flatten())
-        for i in range(self.depth):
-            self.register_buffer(f"level{i + 1}", self.siblings(i).logsumexp(-1))
+        self.levels = [leaves.flatten()]
+        for _ in range(self.depth):
+            self.levels.append(self.siblings(-1).logsumexp(-1))
+        for i, level in enumerate(self.levels):
+            self.register_buffer(f"level{i}", level)  # for checkpoints; the list is quicker to reach
+        trees = torch.arange(num_seeds, device=device)[:, None]
+        self.first_nodes = [trees * (level.numel() // num_seeds) for level in self.levels]  # (S, 1) each
 
     def siblings(self, i):
         """Level i with the children of one node in a row: (S * nodes of level i + 1, FAN_OUT)."""
-        return self.get_buffer(f"level{i}").view(-1, self.FAN_OUT)
-
-    def first_nodes(self, i):
-        """(S, 1): where each tree begins in level i."""
-        nodes = self.get_buffer(f"level{i}").view(self.num_seeds, -1)
-        return torch.arange(0, nodes.numel(), nodes.shape[1], device=nodes.device)[:, None]
+        return self.levels[i].view(-1, self.FAN_OUT)
 
     @property
     def total(self):
         """(S,) logsumexp of all leaves."""
-        return self.get_buffer(f"level{self.depth}").view(self.num_seeds, -1).logsumexp(1)
+        return self.levels[-1].view(self.num_seeds, -1).logsumexp(1)
 
     def update(self, index, logit):
         """Sets leaves `index` (S, K) to `logit` (S, K); of several writes to one leaf, the last counts."""
-        node, leaves = (index + self.first_nodes(0)).flatten(), self.level0
+        node, leaves = (index + self.first_nodes[0]).flatten(), self.levels[0]
         rank = torch.arange(index.shape[1], dtype=leaves.dtype, device=leaves.device).repeat(self.num_seeds)
         leaves.scatter_reduce_(0, node, rank, "amax", include_self=False)  # each leaf holds who comes last ...
         last = leaves.gather(0, node).long().view_as(index)
         leaves.scatter_(0, node, logit.gather(1, last).flatten())  # ... and then gets, from all who come, that logit
         for i in range(self.depth):  # level by level: a node after all of its children
             node = node // self.FAN_OUT
-            mass = F.embedding(node, self.siblings(i)).logsumexp(-1)
-            self.get_buffer(f"level{i + 1}").scatter_(0, node, mass)
+            self.levels[i + 1].scatter_(0, node, F.embedding(node, self.siblings(i)).logsumexp(-1))
 
     def sample(self, u):
         """Draws leaves. u (S, K, depth + 1): uniform on [0, 1), float64, one number for each level. Returns (S, K)."""
-        cdf = self.get_buffer(f"level{self.depth}").view(self.num_seeds, -1).softmax(1).cumsum(1)
+        cdf = self.levels[-1].view(self.num_seeds, -1).softmax(1).cumsum(1)
         node = torch.searchsorted(cdf, u[..., 0] * cdf[:, -1:], right=True)  # right: never where the mass is 0
-        node = node.clamp(max=cdf.shape[1] - 1) + self.first_nodes(self.depth)  # nan is drawn from nowhere, but inside
+        node = node.clamp(max=cdf.shape[1] - 1) + self.first_nodes[-1]  # among nan, any node, but one that exists
         for i in reversed(range(self.depth)):
             cdf = F.embedding(node, self.siblings(i)).softmax(-1).cumsum(-1)  # (S, K, FAN_OUT)
             child = torch.searchsorted(cdf, u[..., self.depth - i, None] * cdf[..., -1:], right=True).squeeze(-1)
-            node = node * self.FAN_OUT + child
-        return (node - self.first_nodes(0)).clamp(max=self.num_leaves - 1)
+            node = node * self.FAN_OUT + child.clamp(max=self.FAN_OUT - 1)
+        return (node - self.first_nodes[0]).clamp(max=self.num_leaves - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
