@@ -184,7 +184,7 @@ def rebalance(goodness, alpha, p_base):
 
 def top_probabilities(episode_returns, episode_lengths, fraction=0.1):
     """Uniform over the best episodes: from the best downwards while they hold less than `fraction` of the
-    transitions, one at least. Same arguments and result as red_probabilities."""
+    transitions, one at least. Arrays (E,) of episodes; the result (N,), one for each transition, sums to 1."""
     best_first = np.argsort(-np.float64(episode_returns), kind="stable")
     best_first = best_first[episode_lengths[best_first] > 0]
     num_kept = max(1, np.searchsorted(np.cumsum(episode_lengths[best_first]), fraction * sum(episode_lengths)))
@@ -1054,7 +1054,7 @@ def main():
     name = "+".join(args.dataset).replace("/", "-").replace(":", "-").strip("-.")
     stop = on_stop_signal()  # from here on, a stop saves first
     run_dir = Path(args.resume) if args.resume else create_run_dir(args, name, dataset.environment)
-    writer = SummaryWriter(run_dir, purge_step=num_updates)
+    writer = SummaryWriter(run_dir, purge_step=num_updates + 1)
     evaluator = Evaluator(args, dataset.environment, run_dir, writer)
     report_sampling(dataset, probabilities, writer)
     if args.resume:

@@ -222,7 +222,7 @@ def rebalance(goodness, alpha, p_base):
 
 def top_probabilities(episode_returns, episode_lengths, fraction=0.1):
     """Uniform over the best episodes: from the best downwards while they hold less than `fraction` of the
-    transitions, one at least. Same arguments and result as red_probabilities."""
+    transitions, one at least. Arrays (E,) of episodes; the result (N,), one for each transition, sums to 1."""
     best_first = np.argsort(-np.float64(episode_returns), kind="stable")
     best_first = best_first[episode_lengths[best_first] > 0]
     num_kept = max(1, np.searchsorted(np.cumsum(episode_lengths[best_first]), fraction * sum(episode_lengths)))
@@ -281,7 +281,7 @@ class Sampler:
 
 
 def orthogonal(weight, bias, generator):
-    """Orthogonal weight (in, out) with gain sqrt(2), zero bias (out): the IQL authors' choice for every layer."""
+    """Orthogonal weight (in, out) with gain sqrt(2), zero bias (out), for a layer before a ReLU."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)
     bias.zero_()
 
@@ -1145,7 +1145,7 @@ def main():
     if args.stage1 and not args.resume:
         with contextlib.suppress(OSError):
             shutil.copy(Path(args.stage1) / "evaluations.csv", run_dir)
-    writer = SummaryWriter(run_dir, purge_step=num_updates)
+    writer = SummaryWriter(run_dir, purge_step=num_updates + 1)
     evaluator = Evaluator(args, dataset.environment, run_dir, writer)
     report_sampling(dataset, probabilities, writer)
     if begun:

@@ -243,7 +243,7 @@ def advantage_weights(advantage, max_advantage, beta):
 
 
 def orthogonal(weight, bias, generator):
-    """Orthogonal weight (in, out) with gain sqrt(2), zero bias (out): the IQL authors' choice for every layer."""
+    """Orthogonal weight (in, out) with gain sqrt(2), zero bias (out), for a layer before a ReLU."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)
     bias.zero_()
 
@@ -1180,7 +1180,7 @@ def main():
     name = "+".join(args.dataset).replace("/", "-").replace(":", "-").strip("-.")
     stop = on_stop_signal()  # from here on, a stop saves first
     run_dir = Path(args.resume) if args.resume else create_run_dir(args, name, dataset.environment)
-    writer = SummaryWriter(run_dir, purge_step=num_updates)
+    writer = SummaryWriter(run_dir, purge_step=num_updates + 1)
     policies = {"": agent.actor}  # by the variant of their evaluation
     if args.eval_samples > 1:
         policies[f"_m{args.eval_samples}"] = BestOfSamples(agent, args)

@@ -824,7 +824,7 @@ def main():
         for generator, state in zip(generators, checkpoint["generators"]):
             if len(state) == len(generator.get_state()):  # else it comes from another kind of device: new draws
                 generator.set_state(state.cpu())
-    writer = SummaryWriter(run_dir, purge_step=t * E)
+    writer = SummaryWriter(run_dir, purge_step=t * E + 1)
     evaluator = Evaluator(args, environment, run_dir, writer)
     if checkpoint:
         evaluator.resume(t * E, checkpoint["pending_evaluations"], agent.actor)

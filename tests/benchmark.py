@@ -109,6 +109,11 @@ def dered_iql_products(O, A, B, H):  # noqa: E741
     return products
 
 
+def rvs_products(O, A, B, H):  # noqa: E741
+    """Every matrix product that one update of the conditioned policy of one seed cannot do without."""
+    return mlp_products([O, *H, A], B, backward=True)
+
+
 @dataclass
 class UpdatePath:
     """What `throughput` must know of an offline script to run its updates as its main loop does."""
@@ -119,28 +124,35 @@ class UpdatePath:
     """(O, A, B, hidden_sizes) -> the matrix products (m, k, n) of one update of one seed"""
     noise_shapes: Callable = lambda args, A: ()
     """what main() asks of draw_block"""
-    more: Callable = lambda module, args: ()
+    more: Callable = lambda module, args, generators: ()
     """what main() appends to its block"""
+    flags: Callable = lambda sampler: {"sampler": sampler}
+    """flags that make the sampler uniform, or red"""
+    probabilities: Callable = lambda module, dataset, args: module.sampling_probabilities(dataset, args)
+    """P(i) as main() has it"""
+    rows: Callable = lambda rows, input_and_action: rows
+    """packed rows as update() reads them, from packed transitions"""
 
     def start(self, script, sampler, num_seeds, device, num_transitions=200_000, O=11, A=3):  # noqa: E741
         """Functions run(n), which makes n updates on synthetic transitions, and draw(n), which only draws for them."""
         module = harness.load(script)
-        args = module.Args(sampler=sampler, num_seeds=num_seeds)
+        args = module.Args(**self.flags(sampler), num_seeds=num_seeds)
         rng = np.random.default_rng(0)
         rows = rng.normal(size=(num_transitions, 2 * O + A + 2)).astype(np.float32)
         rows[:, O : O + A] = np.tanh(rows[:, O : O + A])
         rows[:, -1] = rng.random(num_transitions) > 0.01
         lengths = np.full(num_transitions // 100, 100)
         dataset = module.Dataset(rows, lengths, rng.normal(size=len(lengths)), O, A, {"id": None})
-        draws = module.Sampler(module.sampling_probabilities(dataset, args), device)
+        draws = module.Sampler(self.probabilities(module, dataset, args), device)
         agent = getattr(module, self.agent)(O, A, args, device)
         generators = [torch.Generator(device).manual_seed(s) for s in range(num_seeds)]
-        learn, m = partial(module.run_updates, agent, torch.from_numpy(rows).to(device), args), module.UPDATES_PER_GRAPH
+        packed = torch.from_numpy(self.rows(rows, O + A)).to(device)
+        learn, m = partial(module.run_updates, agent, packed, args), module.UPDATES_PER_GRAPH
 
         def draw(n):
             for _ in range(max(1, n // module.UPDATES_PER_BLOCK)):
                 block = module.draw_block(draws, generators, args.batch_size, *self.noise_shapes(args, A))
-            return [*block, *self.more(module, args)]
+            return [*block, *self.more(module, args, generators)]
 
         def chunks():
             """A block after the other, in the pieces that the main loop hands to run_updates."""
@@ -158,15 +170,33 @@ class UpdatePath:
         return run, draw
 
 
+def lds_probabilities(module, targets, args):
+    """P(i) of rvs_lds.py with --weighting lds_sampling; uniform with none."""
+    weights = module.density_weights(targets, args)
+    return weights / weights.sum()
+
+
 UPDATE_PATHS = {
     "iql_red": UpdatePath("IQLAgent", iql_products),
     "td3_bc_red": UpdatePath(
         "TD3BCAgent",
         td3_bc_products,
         lambda args, A: ((args.batch_size, A),),
-        lambda module, args: [module.actor_turns(0, args.policy_delay)],
+        lambda module, args, generators: [module.actor_turns(0, args.policy_delay)],
     ),
     "dered_iql": UpdatePath("stage2_agent", dered_iql_products),
+    "rvs_lds": UpdatePath(
+        "RvSAgent",
+        rvs_products,
+        more=lambda module, args, generators: [
+            module.dropout_masks(generators, args.batch_size, args.hidden_sizes, args.dropout)
+        ],
+        flags=lambda sampler: {"weighting": {"uniform": "none", "red": "lds_sampling"}[sampler]},
+        probabilities=lambda module, dataset, args: lds_probabilities(
+            module, dataset.transitions[:, dataset.obs_dim + dataset.action_dim], args
+        ),
+        rows=lambda rows, input_and_action: np.abs(rows[:, : input_and_action + 1]),  # input, action, and a weight
+    ),
     "cql_red": UpdatePath("CQLAgent", cql_products, lambda args, A: harness.load("cql_red").noise_shapes(args, A)),
     "crr_red": UpdatePath(
         "CRRAgent", crr_products, lambda args, A: ((args.num_action_samples, args.batch_size, A), (args.batch_size, A))
@@ -288,6 +318,7 @@ class Cell:
 SMALL = ("--hidden-sizes", "128", "128")  # a quarter of the arithmetic, for grids that a CPU could not finish otherwise
 
 
+MEDIUM = ("--hidden-sizes", "256", "256")  # a fifteenth of the arithmetic of 2x1024
 TINY = ("--hidden-sizes", "64", "64")
 FAST = ("--polyak", "0.02")  # V learns its level in a quarter of the updates, see benchmarks.md
 # PointMaze: IQL with its AntMaze settings; ReD with the p_base that its paper gives 0/1 returns
@@ -328,7 +359,25 @@ def p_base_cells(grid, p_bases, num_seeds, num_updates, extra):
 
 ALL = ("uniform", "red", "reward", "top10")
 DATASETS = ("hopper/replay-v0", "hopper/medium-expert-v0", "halfcheetah/replay-v0", "pointmaze/sparse-v0")
+RVS = {  # the IR paper's Table 2, and 10 % BC
+    "BC": ("--condition", "none", "--weighting", "none"),
+    "10 % BC": ("--condition", "none", "--weighting", "none", "--top-fraction", "0.1"),
+    "Own Return": ("--weighting", "none"),
+    "IR": ("--weighting", "lds"),
+}
+
+
+def rvs_cells(grid, datasets, num_seeds, num_updates, extra=()):
+    """rvs_lds.py as each of the methods that the IR paper compares."""
+    return [
+        Cell(grid, "rvs_lds", dataset, variant, (*flags, *extra), num_seeds, num_updates)
+        for dataset in datasets
+        for variant, flags in RVS.items()
+    ]
+
+
 GRIDS = {
+    "rvs": rvs_cells("rvs", DATASETS[:3], 3, 10_000, MEDIUM),
     "red_vs_uniform": sampler_cells("red_vs_uniform", "iql_red", DATASETS[0], ALL[:2], 5, 100_000, SMALL),
     "red_vs_uniform_40k": sampler_cells("red_vs_uniform_40k", "iql_red", DATASETS[0], ALL[:2], 5, 40_000, SMALL),
     "samplers": [c for d in DATASETS for c in sampler_cells("samplers", "iql_red", d, ALL, 3, 40_000, SMALL)],
@@ -345,6 +394,7 @@ GRIDS = {
 
 
 TITLES = {
+    "rvs": "Cloning given the return, and LDS weights; networks 2x256, batch 512 (the IR paper's Table 2).",
     "red_vs_uniform": "ReD against uniform sampling on the replay data, networks 2x128.",
     "red_vs_uniform_40k": "The same with 40,000 updates.",
     "samplers": "Four samplers, networks 2x128; the maze with expectile 0.9, beta 10, p_base 0.2.",
@@ -385,6 +435,18 @@ def read(path):
         return []
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def spread_over_episodes(rows):
+    """Standard deviation of the score over the episodes of an evaluation, mean of the last ten, for each seed."""
+    found = []
+    for seed in np.unique(rows["seed"]):
+        stds = [
+            rows["normalized_score"][(rows["seed"] == seed) & (rows["update"] == update)].std()
+            for update in np.unique(rows["update"])[-10:]
+        ]
+        found.append({"seed": int(seed), "last10_std_over_episodes": round(np.mean(stds), 3)})
+    return found
 
 
 def run_cell(cell, lock):
@@ -437,7 +499,12 @@ def run_cell(cell, lock):
                 "command": "python " + " ".join(cell.command),
             }
         )
+    swept = [{**shared, **row} for row in read(run_dir / "target_returns.csv")]  # of conditioned policies
     with lock:
+        if swept:
+            append(RESULTS / "targets.csv", swept)
+        if cell.script == "rvs_lds":  # its paper compares stability
+            append(RESULTS / "spread.csv", [{**shared, **row} for row in spread_over_episodes(rows)])
         append(RESULTS / "curves.csv", curves)
         append(RESULTS / "scores.csv", scores)
     shutil.rmtree(run_dir)
@@ -494,6 +561,8 @@ class Tables:
                 lines.append(f"| {dataset} | {first.num_seeds} | {first.num_updates:,} | {' | '.join(values)} |")
                 picture = plot(grid, dataset, list(in_row.values()), curves)
                 pictures += [f"![{grid}, {dataset}](tests/results/{picture})"] if picture else []
+                picture = plot_targets(grid, dataset, list(in_row.values()))
+                pictures += [f"![{grid}, {dataset}, asked for](tests/results/{picture})"] if picture else []
             lines += ["", f"`python tests/benchmark.py scores --grids {grid}`", "", *pictures, ""]
         document = harness.ROOT / "benchmarks.md"
         before, _, rest = document.read_text().partition("<!-- scores -->\n")
@@ -529,6 +598,43 @@ def plot(grid, dataset, cells, curves):
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     name = f"{grid}_{dataset.replace('/', '-')}.svg"
+    figure.savefig(RESULTS / name, metadata={"Date": None})
+    plt.close(figure)
+    return name
+
+
+def plot_targets(grid, dataset, cells):
+    """One picture: achieved return against the return asked for, mean and standard deviation over seeds, of every
+    conditioned cell that has been run."""
+    swept = read(RESULTS / "targets.csv")
+    runs = {cell.variant: [row for row in swept if row["run"] == cell.run] for cell in cells}
+    runs = {variant: rows for variant, rows in runs.items() if rows}
+    if not runs:
+        return None
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fixed", "font.size": 9})
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+    for variant, mine in runs.items():
+        asked = sorted({float(row["target_return"]) for row in mine})
+        of_seeds = [
+            [
+                np.mean([float(r["return"]) for r in mine if float(r["target_return"]) == target and r["seed"] == seed])
+                for seed in sorted({row["seed"] for row in mine})
+            ]
+            for target in asked
+        ]
+        mean, std = np.mean(of_seeds, 1), np.std(of_seeds, 1)
+        axes.plot(asked, mean, marker=".", label=variant)
+        axes.fill_between(asked, mean - std, mean + std, alpha=0.2, linewidth=0)
+    axes.axline((asked[0], asked[0]), slope=1, color="gray", linewidth=0.8, linestyle=":", label="as asked")
+    axes.set(xlabel="return asked for", ylabel="return achieved", title=f"{dataset}, {cells[0].num_seeds} seeds")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    name = f"{grid}_{dataset.replace('/', '-')}_targets.svg"
     figure.savefig(RESULTS / name, metadata={"Date": None})
     plt.close(figure)
     return name
