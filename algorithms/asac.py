@@ -261,13 +261,13 @@ class LogSumExpTree(torch.nn.Module):
     def update(self, index, logit):
         """Sets leaves `index` (S, K) to `logit` (S, K); of several writes to one leaf, the last counts."""
         node, leaves = (index + self.first_nodes[0]).flatten(), self.levels[0]
-        rank = torch.arange(index.shape[1], dtype=leaves.dtype, device=leaves.device).repeat(self.num_seeds)
+        rank = torch.arange(len(node), dtype=leaves.dtype, device=leaves.device)
         leaves.scatter_reduce_(0, node, rank, "amax", include_self=False)  # each leaf holds who comes last ...
-        last = leaves.gather(0, node).long().view_as(index)
-        leaves.scatter_(0, node, logit.gather(1, last).flatten())  # ... and then gets, from all who come, that logit
+        last = leaves[node].long()
+        leaves.scatter_(0, node, logit.flatten()[last])  # ... and then gets, from all who come, that logit
         for i in range(self.depth):  # level by level: a node after all of its children
             node = node // self.FAN_OUT
-            self.levels[i + 1].scatter_(0, node, F.embedding(node, self.siblings(i)).logsumexp(-1))
+            self.levels[i + 1].scatter_(0, node, self.siblings(i).index_select(0, node).logsumexp(-1))
 
     def sample(self, u):
         """Draws leaves. u (S, K, depth + 1): uniform on [0, 1), float64, one number for each level. Returns (S, K)."""
@@ -275,7 +275,8 @@ class LogSumExpTree(torch.nn.Module):
         node = torch.searchsorted(cdf, u[..., 0] * cdf[:, -1:], right=True)  # right: never where the mass is 0
         node = node.clamp(max=cdf.shape[1] - 1) + self.first_nodes[-1]  # among nan, any node, but one that exists
         for i in reversed(range(self.depth)):
-            cdf = F.embedding(node, self.siblings(i)).softmax(-1).cumsum(-1)  # (S, K, FAN_OUT)
+            log_share = F.embedding(node, self.siblings(i)) - self.levels[i + 1][node].unsqueeze(-1)
+            cdf = log_share.exp_().cumsum(-1)  # (S, K, FAN_OUT)
             child = torch.searchsorted(cdf, u[..., self.depth - i, None] * cdf[..., -1:], right=True).squeeze(-1)
             node = node * self.FAN_OUT + child.clamp(max=self.FAN_OUT - 1)
         return (node - self.first_nodes[0]).clamp(max=self.num_leaves - 1)

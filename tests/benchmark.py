@@ -1,6 +1,7 @@
 """Throughput and scores, the two kinds of numbers in benchmarks.md.
 
 python tests/benchmark.py throughput                     updates per second beside the matrix-product floor
+python tests/benchmark.py tree                           draws from and writes to asac.py's tree, beside a binary one
 python tests/benchmark.py scores                         runs what is missing from the grids, then writes the tables
 python tests/benchmark.py scores --grids p_base --jobs 2 one grid, two runs at a time
 python tests/benchmark.py tables                         tables in benchmarks.md and pictures, from what is there
@@ -114,6 +115,53 @@ def rvs_products(O, A, B, H):  # noqa: E741
     return mlp_products([O, *H, A], B, backward=True)
 
 
+def asac_products(O, A, B, H):  # noqa: E741
+    """Every matrix product that one ASAC update of one seed, with two critics, cannot do without."""
+    return [
+        *mlp_products([O, *H, A], B, backward=False),  # actor at s'
+        *mlp_products([O + A, *H, 1], B, backward=False, copies=2),  # target critics
+        *mlp_products([O + A, *H, 1], B, backward=True, copies=2),  # critics
+        *mlp_products([O, *H, A], B, backward=True),  # actor, on the batch from the tree
+        *mlp_products([O, *H, A], 2 * B, backward=False),  # new advantages of both batches: actor,
+        *mlp_products([O + A, *H, 1], 4 * B, backward=False, copies=2),  # critics at logged and drawn actions
+    ]
+
+
+def awac_products(O, A, B, H):  # noqa: E741
+    """Every matrix product that one AWAC update of one seed, with two critics, cannot do without."""
+    return [
+        *mlp_products([O, *H, A], B, backward=False),  # actor at s'
+        *mlp_products([O + A, *H, 1], B, backward=False, copies=2),  # target critics
+        *mlp_products([O + A, *H, 1], B, backward=True, copies=2),  # critics
+        *mlp_products([O, *H, A], B, backward=True),  # actor
+        *mlp_products([O + A, *H, 1], 2 * B, backward=False, copies=2),  # critics at logged and drawn actions
+    ]
+
+
+def iql_scaled_products(O, A, B, H):  # noqa: E741
+    """Every matrix product that one update of iql_scaled.py, one seed, two critics, cannot do without."""
+    return [
+        *mlp_products([O + A, *H, 1], B, backward=False, copies=2),  # target critics
+        *mlp_products([O, *H, 1], B, backward=True),  # V step
+        *mlp_products([O, *H, 1], B, backward=False),  # V(s') after it
+        *mlp_products([O + A, *H, 1], B, backward=True, copies=2),  # critics
+        *mlp_products([O, *H, A], B, backward=True),  # actor
+        *mlp_products([O + A, *H, 1], 2 * B, backward=False, copies=2),  # critics at logged and drawn actions
+    ]
+
+
+def td3_bc_scaled_products(O, A, B, H):  # noqa: E741
+    """Every matrix product that one update of td3_bc_scaled.py, one seed, two critics, cannot do without."""
+    return [
+        *mlp_products([O, *H, A], B, backward=False),  # actor at s'
+        *mlp_products([O + A, *H, 1], B, backward=False, copies=2),  # target critics
+        *mlp_products([O + A, *H, 1], B, backward=True, copies=2),  # critics
+        *mlp_products([O, *H, A], B, backward=True),  # actor
+        *mlp_products([O + A, *H, 1], B, backward=False, copies=2),  # critics at its actions
+        *[(B, o, i) for i, o in pairwise([O + A, *H, 1])] * 2,  # and back to these
+    ]
+
+
 @dataclass
 class UpdatePath:
     """What `throughput` must know of an offline script to run its updates as its main loop does."""
@@ -124,18 +172,24 @@ class UpdatePath:
     """(O, A, B, hidden_sizes) -> the matrix products (m, k, n) of one update of one seed"""
     noise_shapes: Callable = lambda args, A: ()
     """what main() asks of draw_block"""
-    more: Callable = lambda module, args, generators: ()
+    more: Callable = lambda module, args, generators, agent: ()
     """what main() appends to its block"""
     flags: Callable = lambda sampler: {"sampler": sampler}
     """flags that make the sampler uniform, or red"""
+    samplers: tuple[str, ...] = ("uniform", "red")
+    """those that the script has"""
     probabilities: Callable = lambda module, dataset, args: module.sampling_probabilities(dataset, args)
     """P(i) as main() has it"""
     rows: Callable = lambda rows, input_and_action: rows
     """packed rows as update() reads them, from packed transitions"""
+    num_transitions: int = 200_000
+    """in the synthetic data"""
+    learner: Callable = lambda module, agent, packed, args: partial(module.run_updates, agent, packed, args)
+    """the function of a block's parts that main() captures"""
 
-    def start(self, script, sampler, num_seeds, device, num_transitions=200_000, O=11, A=3):  # noqa: E741
+    def start(self, script, sampler, num_seeds, device, num_transitions=None, O=11, A=3):  # noqa: E741
         """Functions run(n), which makes n updates on synthetic transitions, and draw(n), which only draws for them."""
-        module = harness.load(script)
+        module, num_transitions = harness.load(script), num_transitions or self.num_transitions
         args = module.Args(**self.flags(sampler), num_seeds=num_seeds)
         rng = np.random.default_rng(0)
         rows = rng.normal(size=(num_transitions, 2 * O + A + 2)).astype(np.float32)
@@ -143,16 +197,19 @@ class UpdatePath:
         rows[:, -1] = rng.random(num_transitions) > 0.01
         lengths = np.full(num_transitions // 100, 100)
         dataset = module.Dataset(rows, lengths, rng.normal(size=len(lengths)), O, A, {"id": None})
-        draws = module.Sampler(self.probabilities(module, dataset, args), device)
-        agent = getattr(module, self.agent)(O, A, args, device)
+        if len(self.samplers) > 1:
+            draws = module.Sampler(self.probabilities(module, dataset, args), device)
+        else:
+            draws = lambda u: (u * num_transitions).long()
+        agent = getattr(module, self.agent)(O, A, args, device, *[num_transitions] * (script == "asac"))
         generators = [torch.Generator(device).manual_seed(s) for s in range(num_seeds)]
         packed = torch.from_numpy(self.rows(rows, O + A)).to(device)
-        learn, m = partial(module.run_updates, agent, packed, args), module.UPDATES_PER_GRAPH
+        learn, m = self.learner(module, agent, packed, args), module.UPDATES_PER_GRAPH
 
         def draw(n):
             for _ in range(max(1, n // module.UPDATES_PER_BLOCK)):
                 block = module.draw_block(draws, generators, args.batch_size, *self.noise_shapes(args, A))
-            return [*block, *self.more(module, args, generators)]
+            return [*block, *self.more(module, args, generators, agent)]
 
         def chunks():
             """A block after the other, in the pieces that the main loop hands to run_updates."""
@@ -176,19 +233,20 @@ def lds_probabilities(module, targets, args):
     return weights / weights.sum()
 
 
+UNIFORM_ONLY = {"samplers": ("uniform",), "flags": lambda sampler: {}}
 UPDATE_PATHS = {
     "iql_red": UpdatePath("IQLAgent", iql_products),
     "td3_bc_red": UpdatePath(
         "TD3BCAgent",
         td3_bc_products,
         lambda args, A: ((args.batch_size, A),),
-        lambda module, args, generators: [module.actor_turns(0, args.policy_delay)],
+        lambda module, args, generators, agent: [module.actor_turns(0, args.policy_delay)],
     ),
     "dered_iql": UpdatePath("stage2_agent", dered_iql_products),
     "rvs_lds": UpdatePath(
         "RvSAgent",
         rvs_products,
-        more=lambda module, args, generators: [
+        more=lambda module, args, generators, agent: [
             module.dropout_masks(generators, args.batch_size, args.hidden_sizes, args.dropout)
         ],
         flags=lambda sampler: {"weighting": {"uniform": "none", "red": "lds_sampling"}[sampler]},
@@ -200,6 +258,26 @@ UPDATE_PATHS = {
     "cql_red": UpdatePath("CQLAgent", cql_products, lambda args, A: harness.load("cql_red").noise_shapes(args, A)),
     "crr_red": UpdatePath(
         "CRRAgent", crr_products, lambda args, A: ((args.num_action_samples, args.batch_size, A), (args.batch_size, A))
+    ),
+    "asac": UpdatePath(
+        "ASACAgent",
+        asac_products,
+        lambda args, A: ((args.batch_size, A), (2 * args.batch_size, A)),
+        lambda module, args, generators, agent: [
+            module.draw_uniforms(generators, args.batch_size, agent.tree.depth + 1)
+        ],
+        num_transitions=1_000_000,
+        learner=lambda module, agent, packed, args: (
+            lambda index, next_noise, noise, u: module.run_updates_on(agent, packed, args, index, u, next_noise, noise)
+        ),
+        **UNIFORM_ONLY,
+    ),
+    "awac": UpdatePath("AWACAgent", awac_products, lambda args, A: ((args.batch_size, A),) * 2, **UNIFORM_ONLY),
+    "iql_scaled": UpdatePath(
+        "ScaledIQLAgent", iql_scaled_products, lambda args, A: ((args.batch_size, A),), **UNIFORM_ONLY
+    ),
+    "td3_bc_scaled": UpdatePath(
+        "ScaledTD3BCAgent", td3_bc_scaled_products, lambda args, A: ((args.batch_size, A),) * 2, **UNIFORM_ONLY
     ),
 }
 
@@ -236,7 +314,8 @@ class Throughput:
             path = UPDATE_PATHS[script]
             device = harness.load(script).choose_device(self.device)
             args = harness.load(script).Args()
-            products = path.products(11, 3, args.batch_size, args.hidden_sizes)
+            hidden_sizes = args.hidden_sizes or harness.load(script).ARCHITECTURES[args.architecture]["actor"]
+            products = path.products(11, 3, args.batch_size, hidden_sizes)
             operands = [(torch.randn(m, k, device=device), torch.randn(k, n, device=device)) for m, k, n in products]
             outs = [torch.empty(m, n, device=device) for m, _, n in products]
 
@@ -245,18 +324,12 @@ class Throughput:
                     for (a, b), out in zip(operands, outs):
                         torch.mm(a, b, out=out)
 
-            uniform, draw_uniform = path.start(script, "uniform", 1, device)
-            red, draw_red = path.start(script, "red", 1, device)
-            five, _ = path.start(script, "red", 5, device)
             n = self.updates if script != "cql_red" else max(20, self.updates // 10)  # CQL is ten times as dear
-            variants = {
-                "floor": (floor, n),
-                "uniform, 1 seed": (uniform, n),
-                "red, 1 seed": (red, n),
-                "red, 5 seeds": (five, n // 2),
-                "sampler uniform": (draw_uniform, 100),
-                "sampler red": (draw_red, 100),
-            }
+            variants, last = {"floor": (floor, n)}, path.samplers[-1]
+            for sampler in path.samplers:
+                run, draw = path.start(script, sampler, 1, device)
+                variants |= {f"{sampler}, 1 seed": (run, n), f"sampler {sampler}": (draw, 100)}
+            variants[f"{last}, 5 seeds"] = path.start(script, last, 5, device)[0], n // 2
             times = defaultdict(list)  # seconds per update, one entry a round
             for round_number in range(self.rounds + 1):
                 for name, (run, n) in variants.items():
@@ -270,16 +343,96 @@ class Throughput:
                 f"{script} on {hardware(device)}, {self.threads} thread(s), B={args.batch_size}, {self.rounds} rounds"
             )
             print(f"  matrix products alone, 1 seed {rate['floor']:8.1f} updates/s ({flops:.0f} GFLOP/s)")
-            for name in ("uniform, 1 seed", "red, 1 seed"):
+            for name in (f"{sampler}, 1 seed" for sampler in path.samplers):
                 print(f"  {name:29s} {rate[name]:8.1f} updates/s = {ratio[name]:.0%} of that floor")
-            per_seed = np.median(5 * np.array(times["red, 1 seed"]) / times["red, 5 seeds"])
-            print(f"  {'red, 5 seeds':29s} {5 * rate['red, 5 seeds']:8.1f} seed-updates/s = {per_seed:.2f} x one seed")
-            share = {
-                name: np.median(times[f"sampler {name}"]) / np.median(times[f"{name}, 1 seed"])
-                for name in ("uniform", "red")
-            }
-            slower = np.median(np.array(times["red, 1 seed"]) / times["uniform, 1 seed"]) - 1
-            print(f"  sampler's share: uniform {share['uniform']:.2%}, red {share['red']:.2%}; red costs {slower:+.1%}")
+            five, alone = f"{last}, 5 seeds", f"{last}, 1 seed"
+            per_seed = np.median(5 * np.array(times[alone]) / times[five])
+            print(f"  {five:29s} {5 * rate[five]:8.1f} seed-updates/s = {per_seed:.2f} x one seed")
+            for name in path.samplers:
+                share = np.median(times[f"sampler {name}"]) / np.median(times[f"{name}, 1 seed"])
+                print(f"  sampler's share: {name} {share:.2%}")
+            if last == "red":
+                slower = np.median(np.array(times["red, 1 seed"]) / times["uniform, 1 seed"]) - 1
+                print(f"  red costs {slower:+.1%} over uniform")
+
+
+class BinaryTree:
+    """The paper's tree in plain numpy, Algorithms 3 (with logaddexp) and 4: the yardstick of `tree`."""
+
+    def __init__(self, logits):
+        self.first_leaf = 2 ** (len(logits) - 1).bit_length()  # the root is node 1, the children of k are 2k and 2k + 1
+        self.logmass = np.full(2 * self.first_leaf, -np.inf)
+        self.logmass[self.first_leaf :][: len(logits)] = logits
+        for first in 2 ** np.arange(self.first_leaf.bit_length() - 1)[::-1]:
+            self.logmass[first : 2 * first] = np.logaddexp(*self.logmass[2 * first : 4 * first].reshape(-1, 2).T)
+
+    def update(self, index, logit):
+        node = index + self.first_leaf
+        self.logmass[node] = logit  # numpy keeps the last of several
+        while node[0] > 1:
+            node = np.unique(node // 2)
+            self.logmass[node] = np.logaddexp(self.logmass[2 * node], self.logmass[2 * node + 1])
+
+    def sample(self, u):
+        node, rest = np.ones(len(u), int), np.log1p(-u) + self.logmass[1]
+        while node[0] < self.first_leaf:
+            node *= 2
+            left = self.logmass[node]
+            right = rest >= left
+            with np.errstate(invalid="ignore", divide="ignore"):  # of those who go left
+                rest = np.where(right, rest + np.log1p(-np.exp(left - rest)), rest)
+            node += right
+        return node - self.first_leaf
+
+
+@dataclass
+class Tree:
+    """What asac.py's tree does in an update, draws and writes, beside a binary tree in numpy that does the same."""
+
+    num_leaves: int = 1_000_000
+    """transitions in the dataset"""
+    batch_size: int = 512
+    """leaves to draw; twice as many are written: these, and as many uniform ones"""
+    rounds: int = 30
+    """rounds; each measures both in turn"""
+    times: int = 50
+    """draws and writes per round"""
+    device: str = "auto"
+    """of asac.py's tree, as in the scripts"""
+
+    def run(self):
+        torch.set_num_threads(1)
+        asac, N, B = harness.load("asac"), self.num_leaves, self.batch_size
+        device, rng = asac.choose_device(self.device), np.random.default_rng(0)
+        first, others, logit = 3 * rng.normal(size=N), rng.integers(N, size=B), 3 * rng.normal(size=2 * B)
+        tree, binary = asac.LogSumExpTree(1, N, device), BinaryTree(first)
+        tree.update(torch.arange(N, device=device)[None], torch.from_numpy(first)[None].to(device))
+
+        def step(u, others, logit):
+            tree.update(torch.cat([tree.sample(u), others], 1), logit)
+
+        generator = torch.Generator(device).manual_seed(0)
+        draw_u = lambda: torch.rand(1, B, tree.depth + 1, generator=generator, dtype=torch.float64, device=device)
+        written = [torch.from_numpy(x)[None].to(device) for x in (others, logit)]
+        if device.type == "cuda":
+            step = asac.cuda_graph(step, tree, draw_u(), *written)
+
+        def run_tree(n):
+            for _ in range(n):
+                step(draw_u(), *written)
+
+        def run_binary(n):
+            for _ in range(n):
+                binary.update(np.concatenate([binary.sample(rng.random(B)), others]), logit)
+
+        rates = np.array(
+            [[self.times / seconds_of(run, self.times, device, 1) for run in (run_tree, run_binary)]
+             for _ in range(self.rounds + 1)]
+        )[1:]  # fmt: skip  # the first round warms up
+        print(f"draw {B}, then write {2 * B}, of {N:,} leaves, on {hardware(device)}; median, and best round:")
+        for name, rate in zip(("asac.py", "binary, numpy"), rates.T):
+            print(f"  {name:14s} {np.median(rate):8.0f} {rate.max():8.0f} times a second")
+        print(f"  {np.median(rates[:, 0] / rates[:, 1]):.1f} times as fast")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,20 +452,49 @@ class Cell:
     flags: tuple[str, ...]
     num_seeds: int
     num_updates: int
+    """before any online steps, for which there are flags; of sac.py, which has no dataset: the online steps"""
+    online: bool = False
+    """whether the curve is that of the online steps, from the step that the updates end at"""
+    members: "Cell | None" = None
+    """the run of bred.py whose trained members this one starts from"""
+    evaluations: str = ""
+    """which of the run's evaluations: "_m50" for evaluations_m50.csv; such a cell is filled with the run's own"""
 
     @property
     def run(self):
         """Names the run: cells of two grids with the same command line share it."""
-        return hashlib.sha1(" ".join(self.command).encode()).hexdigest()[:10]
+        return hashlib.sha1(" ".join(self.command).encode()).hexdigest()[:10] + self.evaluations
+
+    def evaluated(self, evaluations):
+        """The cell of other evaluations of the same run."""
+        return replace(self, variant=self.variant + evaluations.replace("_m", ", M="), evaluations=evaluations)
 
     @property
     def command(self):
         """The command line that fills this cell."""
         every = max(1, self.num_updates // 20)
+        source, length = ("--dataset", *self.dataset.split(" + ")), "--num-updates"
+        if self.script == "sac":
+            source, length = ("--env-id", ENVIRONMENTS[self.dataset.split("/")[0]]), "--num-steps"
+        members = ("--offline", f"runs/benchmark/{self.members.run}") if self.members else ()
         return [
-            f"algorithms/{self.script}.py", "--dataset", self.dataset, *self.flags, "--num-seeds", str(self.num_seeds),
-            "--num-updates", str(self.num_updates), "--eval-every", str(every), "--eval-workers", "0",
+            f"algorithms/{self.script}.py", *source, *self.flags, *members, "--num-seeds", str(self.num_seeds),
+            length, str(self.num_updates), "--eval-every", str(every), "--eval-workers", "0",
         ]  # fmt: skip
+
+    @property
+    def command_line(self):
+        """The same as one types it, the members' run before it."""
+        before = f"{self.members.command_line} --run-dir runs/benchmark/{self.members.run} && " if self.members else ""
+        return f"{before}python {' '.join(self.command)}"
+
+    @property
+    def first_step(self):
+        """Where the cell's curve begins, on the axis of evaluations.csv."""
+        return self.num_updates if self.online and self.script != "sac" else 0
+
+
+ENVIRONMENTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5"}  # of sac.py, by the beginning of a dataset
 
 
 SMALL = ("--hidden-sizes", "128", "128")  # a quarter of the arithmetic, for grids that a CPU could not finish otherwise
@@ -376,7 +558,83 @@ def rvs_cells(grid, datasets, num_seeds, num_updates, extra=()):
     ]
 
 
+# BRED's step size and first share of online data, as in bred.py's help
+BRED_FLAGS = {
+    "hopper": ("--online-policy-learning-rate", "3e-5", "--initial-online-fraction", "0.5"),
+    "halfcheetah": ("--online-policy-learning-rate", "3e-4", "--initial-online-fraction", "0.75"),
+}
+FIGURE_3 = {"BRED": (), "CQL-ft": ("--num-agents", "1", "--replay", "uniform", "--first-updates", "1000")}
+FIGURES_4_TO_6 = {  # replay; distillation; size of the ensemble
+    "BRED": (),
+    "uniform": ("--replay", "uniform"),
+    "online-only": ("--replay", "online-only"),
+    "independent": ("--policy", "independent"),
+    "N = 2": ("--num-agents", "2"),
+    "N = 1": ("--num-agents", "1"),
+}
+BRED_DATASETS = (DATASETS[0], DATASETS[2], "hopper/random-v0")
+ON_CPU = {  # flags of each run: the members' offline stage, bred.py from there on, and the other scripts
+    "members": (*TINY, "--num-action-samples", "4", "--bc-updates", "2000"),
+    "bred": ("--distil-epochs", "20", "--distil-patience", "3", "--anneal-steps", "10000"),
+    "awac": (*TINY, "--batch-size", "256"),
+    "bcq": (*TINY, "--vae-hidden-sizes", "128", "128"),
+    "sac": TINY,
+}
+
+
+def bred_cells(grid, dataset, variants, num_agents, num_seeds, num_updates, num_steps, extra):
+    """bred.py under several flags, from the same members; --policy independent spares these a distillation."""
+    flags = "--num-agents", str(num_agents), "--policy", "independent", "--online-steps", "0", "--eval-episodes", "0"
+    members = Cell(grid, "bred", dataset, "members", (*flags, *extra.get("members", ())), num_seeds, num_updates)
+    shared = (*BRED_FLAGS[dataset.split("/")[0]], "--online-steps", str(num_steps), *extra.get("bred", ()))
+    return [
+        Cell(grid, "bred", dataset, variant, (*shared, *flags), num_seeds, num_updates, online=True, members=members)
+        for variant, flags in variants.items()
+    ]
+
+
+def online_cells(grid, dataset, num_agents, num_seeds, num_updates, num_steps, extra):
+    """The methods of the BRED paper's Figure 3. extra: more flags of each run, as in ON_CPU."""
+    steps = ("--online-steps", str(num_steps))
+    awac_flags = ("--eval-samples", "1", *steps, *extra.get("awac", ()))
+    awac_updates = min(num_updates, 50_000)  # all that AWAC's code makes before it goes online
+    return [
+        *bred_cells(grid, dataset, FIGURE_3, num_agents, num_seeds, num_updates, num_steps, extra),
+        Cell(grid, "awac", dataset, "AWAC-ft", awac_flags, num_seeds, awac_updates, online=True),
+        Cell(grid, "bcq", dataset, "BCQ-ft", (*steps, *extra.get("bcq", ())), num_seeds, num_updates, online=True),
+        Cell(grid, "sac", dataset, "SAC", extra.get("sac", ()), num_seeds, num_steps, online=True),
+    ]
+
+
+# what a CPU can afford of the paper's small (2x256) and large networks (actor 5x1024 wide): a residual block, width 128
+SCALES = {
+    "small": ("--architecture", "simple-small", "--hidden-sizes", "64", "64", "--num-critics", "2"),
+    "middle": ("--architecture", "modern", "--hidden-sizes", "128", "128", "128", "--num-critics", "2"),
+    "5 critics": ("--architecture", "simple-small", "--hidden-sizes", "64", "64", "--num-critics", "5"),
+}
+UNBALANCED = "hopper/random-v0 + hopper/expert-v0"
+
+
+def scaled_cells(grid, script, datasets, scales):
+    """A script of the paper on scale with several networks; each run evaluates the mean action and the best of 50."""
+    cells = []
+    for dataset in datasets:
+        preset = ("--preset", "antmaze") if "maze" in dataset else ()
+        for scale in scales:
+            flags = (*preset, *SCALES[scale], "--batch-size", "256", *FAST, "--eval-episodes", "5")
+            cell = Cell(grid, script, dataset, scale, flags, 3, 16_000)
+            cells += [cell, cell.evaluated("_m50")]
+    return cells
+
+
 GRIDS = {
+    "scaled": [  # the most telling first
+        *scaled_cells("scaled", "asac", (UNBALANCED, DATASETS[0], DATASETS[3]), ("small", "middle")),
+        *scaled_cells("scaled", "asac", (DATASETS[0], UNBALANCED), ("5 critics",)),
+    ],
+    "scaled_awac": scaled_cells("scaled_awac", "awac", DATASETS[:1], ("small", "middle")),
+    "scaled_td3_bc": scaled_cells("scaled_td3_bc", "td3_bc_scaled", DATASETS[:1], ("small", "middle")),
+    "scaled_iql": scaled_cells("scaled_iql", "iql_scaled", DATASETS[:1], ("small", "middle")),
     "rvs": rvs_cells("rvs", DATASETS[:3], 3, 10_000, MEDIUM),
     "red_vs_uniform": sampler_cells("red_vs_uniform", "iql_red", DATASETS[0], ALL[:2], 5, 100_000, SMALL),
     "red_vs_uniform_40k": sampler_cells("red_vs_uniform_40k", "iql_red", DATASETS[0], ALL[:2], 5, 40_000, SMALL),
@@ -388,12 +646,26 @@ GRIDS = {
     "crr": [c for d in DATASETS for c in sampler_cells("crr", "crr_red", d, ALL[:2], 3, 40_000, SMALL)],
     "cql": [c for d in DATASETS for c in sampler_cells("cql", "cql_red", d, ALL, 3, 40_000, TINY)],
     "dered": [c for d in DATASETS for c in dered_cells("dered", d, 3, 40_000, SMALL)],
-    # the protocol of the paper, for a GPU
+    "bred": [c for d in BRED_DATASETS for c in online_cells("bred", d, 2, 3, 20_000, 20_000, ON_CPU)],
+    # the protocols of the papers, for a GPU
+    "bred_paper": [c for d in BRED_DATASETS for c in online_cells("bred_paper", d, 5, 4, 1_000_000, 250_000, {})],
+    "bred_ablations": [
+        cell
+        for dataset in BRED_DATASETS[:2]
+        for cell in bred_cells("bred_ablations", dataset, FIGURES_4_TO_6, 5, 4, 1_000_000, 250_000, {})
+    ],
     "paper": [c for d in DATASETS for c in sampler_cells("paper", "iql_red", d, ALL, 5, 1_000_000)],
 }
 
 
+SCALED = "networks 2x64 (small) and modern ones of a residual block, 3x128 (middle; the paper: 2x256, and an actor of "
+SCALED += "5x1024), 2 critics where nothing is said; M=50: the best of 50 actions instead of the mean, from the same "
+SCALED += "checkpoints. Batch 256, target critics four times as fast, evaluations of 5 episodes."
 TITLES = {
+    "scaled": f"ASAC; {SCALED}",
+    "scaled_awac": "AWAC in the same setting.",
+    "scaled_td3_bc": "TD3+BC in the same setting.",
+    "scaled_iql": "IQL with AWAC's actor in the same setting.",
     "rvs": "Cloning given the return, and LDS weights; networks 2x256, batch 512 (the IR paper's Table 2).",
     "red_vs_uniform": "ReD against uniform sampling on the replay data, networks 2x128.",
     "red_vs_uniform_40k": "The same with 40,000 updates.",
@@ -405,6 +677,9 @@ TITLES = {
     "crr": "CRR, networks 2x128 (Table 1).",
     "cql": "CQL, networks 2x64, which is what a CPU can afford (Tables 1 and 4).",
     "dered": "DeReD on IQL, networks 2x128 (Tables 2 and 5): stage 1 is uniform, stage 2 adds half as many updates.",
+    "bred": "BRED's Figure 3 on a CPU: networks 2x64, N = 2, 20,000 offline updates, 20,000 online steps.",
+    "bred_paper": "BRED's Figure 3: networks 2x256, N = 5, 1M offline updates, 250,000 online steps; for a GPU.",
+    "bred_ablations": "BRED's Figures 4 (replay), 5 (distillation) and 6 (N) in the same protocol; for a GPU.",
     "paper": "IQL in the ReD paper's protocol, networks 2x256; for a GPU.",
 }
 
@@ -449,22 +724,15 @@ def spread_over_episodes(rows):
     return found
 
 
-def run_cell(cell, lock):
-    """Makes the run of one cell, or goes on with it where it was stopped, and appends its scores and curves."""
-    run_dir, start = harness.ROOT / "runs" / "benchmark" / cell.run, time.time()
-    flags = "--checkpoint-every", str(max(1, cell.num_updates // 20))
-    if (run_dir / "checkpoint.pt").exists():
-        command = [sys.executable, cell.command[0], "--resume", str(run_dir), *flags]
-    else:
-        shutil.rmtree(run_dir, ignore_errors=True)  # killed before its first checkpoint
-        command = [sys.executable, *cell.command, "--run-dir", str(run_dir), *flags]
-    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        print(f"FAILED {' '.join(command)}\n{done.stderr}", flush=True)
-        return
-    seconds, rows = time.time() - start, harness.read_evaluations(run_dir)
-    commit = json.loads((run_dir / "config.json").read_text())["git_commit"]
-    shared = {"run": cell.run}
+def csv_columns(path):
+    """A csv file of numbers as columns: {"update": array, "seed": array, ...}."""
+    rows = read(path)
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+def summary(cell, path):
+    """Learning curves and scores, a dict for each row of curves.csv and scores.csv, from a csv file of evaluations."""
+    rows, shared = csv_columns(path), {"run": cell.run}
     curves = [
         {
             **shared,
@@ -493,12 +761,50 @@ def run_cell(cell, lock):
                 "dataset": cell.dataset,
                 "variant": cell.variant,
                 "num_updates": cell.num_updates,
-                "seconds": round(seconds),
-                "hardware": hardware(),
-                "commit": (commit or "")[:10],
-                "command": "python " + " ".join(cell.command),
             }
         )
+    return curves, scores
+
+
+MEMBERS_LOCK = Lock()  # cells that run side by side may want the same members
+
+
+def make_run(cell):
+    """Makes the run of one cell, or goes on with it where it was stopped; returns its folder, or None if it failed."""
+    run_dir = harness.ROOT / "runs" / "benchmark" / cell.run
+    if cell.members:  # made once, and kept for other cells
+        with MEMBERS_LOCK:
+            there = (run_dir.with_name(cell.members.run) / "offline.pt").exists()
+            if not (there or make_run(cell.members)):
+                return None
+    flags = "--checkpoint-every", str(max(1, cell.num_updates // 20))
+    if (run_dir / "checkpoint.pt").exists():
+        command = [sys.executable, cell.command[0], "--resume", str(run_dir), *flags]
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)  # killed before its first checkpoint
+        command = [sys.executable, *cell.command, "--run-dir", str(run_dir), *flags]
+    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(f"FAILED {' '.join(command)}\n{done.stderr}", flush=True)
+        return None
+    return run_dir
+
+
+def run_cell(cell, lock):
+    """Makes the run of one cell and appends its scores and curves."""
+    start, run_dir = time.time(), make_run(cell)
+    if not run_dir:
+        return
+    seconds, commit = time.time() - start, json.loads((run_dir / "config.json").read_text())["git_commit"]
+    shared, curves, scores = {"run": cell.run}, [], []
+    for path in sorted(run_dir.glob("evaluations*.csv")):  # of the mean action; some scripts have the best of 50, too
+        evaluations = path.stem.removeprefix("evaluations")
+        more_curves, more_scores = summary(cell.evaluated(evaluations), path)
+        for row in more_scores:
+            row |= {"seconds": round(seconds), "hardware": hardware(), "commit": (commit or "")[:10]}
+            row["command"] = cell.command_line
+        curves, scores = curves + more_curves, scores + more_scores
+    rows = csv_columns(run_dir / "evaluations.csv")
     swept = [{**shared, **row} for row in read(run_dir / "target_returns.csv")]  # of conditioned policies
     with lock:
         if swept:
@@ -508,8 +814,9 @@ def run_cell(cell, lock):
         append(RESULTS / "curves.csv", curves)
         append(RESULTS / "scores.csv", scores)
     shutil.rmtree(run_dir)
-    mean = np.mean([row["last10_score"] for row in scores])
-    print(f"{cell.grid:15s} {cell.dataset:24s} {cell.variant:20s} score {mean:6.1f} ({seconds:.0f} s)", flush=True)
+    for variant in dict.fromkeys(row["variant"] for row in scores):
+        mean = np.mean([row["last10_score"] for row in scores if row["variant"] == variant])
+        print(f"{cell.grid:15s} {cell.dataset:24s} {variant:20s} score {mean:6.1f} ({seconds:.0f} s)", flush=True)
 
 
 @dataclass
@@ -527,11 +834,11 @@ class Scores:
 
     def run(self):
         there, lock = {row["run"] for row in read(RESULTS / "scores.csv")}, Lock()
-        cells = {cell.run: cell for grid in self.grids for cell in GRIDS[grid]}.values()
-        cells = [cell for cell in cells if cell.run not in there and cell.dataset in (self.datasets or cell.dataset)]
+        cells = [cell for grid in self.grids for cell in GRIDS[grid] if cell.run not in there and not cell.evaluations]
+        cells = {cell.run: cell for cell in cells if cell.dataset in (self.datasets or cell.dataset)}.values()
         if self.dry_run:
             for cell in cells:
-                print("python", *cell.command)
+                print(cell.command_line)
             return
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda cell: run_cell(cell, lock), cells))
@@ -557,6 +864,8 @@ class Tables:
                     cell = in_row.get(column)
                     found = [float(row["last10_score"]) for row in scores if cell and row["run"] == cell.run]
                     values.append(f"{np.mean(found):.1f} ± {np.std(found):.1f}" if found else "open" if cell else "")
+                    if found and cell.online:
+                        values[-1] += online_summary(cell, curves)
                 first = next(iter(in_row.values()))
                 lines.append(f"| {dataset} | {first.num_seeds} | {first.num_updates:,} | {' | '.join(values)} |")
                 picture = plot(grid, dataset, list(in_row.values()), curves)
@@ -572,9 +881,26 @@ class Tables:
         print(text)
 
 
+def online_curve(cell, curves):
+    """Rows of a cell's curve from its first online step on, with `update` counted from there."""
+    rows = [{**row, "update": int(row["update"]) - cell.first_step} for row in curves if row["run"] == cell.run]
+    return [row for row in rows if row["update"] >= 0]
+
+
+def online_summary(cell, curves):
+    """Where the online stage began, and its lowest point afterwards: both means over seeds."""
+    rows = online_curve(cell, curves)
+    mean = {
+        t: np.mean([float(row["normalized_score"]) for row in rows if row["update"] == t])
+        for t in sorted({row["update"] for row in rows})
+    }
+    begin = f"from {mean.pop(0):.1f}, " if 0 in mean else ""
+    return f" ({begin}lowest {min(mean.values()):.1f})" if mean else ""
+
+
 def plot(grid, dataset, cells, curves):
     """One picture: mean over seeds, and one standard deviation about it, of every cell that has been run."""
-    runs = {cell.variant: [row for row in curves if row["run"] == cell.run] for cell in cells}
+    runs = {cell.variant: online_curve(cell, curves) for cell in cells}
     runs = {variant: rows for variant, rows in runs.items() if rows}
     if not runs:
         return None
@@ -592,12 +918,12 @@ def plot(grid, dataset, cells, curves):
         axes.plot(updates, mean, label=variant)
         axes.fill_between(updates, mean - std, mean + std, alpha=0.2, linewidth=0)
     seeds = cells[0].num_seeds
-    axes.set(
-        xlabel="updates", ylabel="normalised score", title=f"{cells[0].script} on {dataset}, {seeds} seeds, mean ± std"
-    )
+    xlabel = "environment steps" if cells[0].online else "updates"
+    title = f"{cells[0].script} on {dataset}, {seeds} seeds, mean ± std"
+    axes.set(xlabel=xlabel, ylabel="normalised score", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    name = f"{grid}_{dataset.replace('/', '-')}.svg"
+    name = f"{grid}_{dataset.replace(' ', '').replace('/', '-')}.svg"
     figure.savefig(RESULTS / name, metadata={"Date": None})
     plt.close(figure)
     return name
@@ -643,6 +969,7 @@ def plot_targets(grid, dataset, cells):
 if __name__ == "__main__":
     tyro.cli(
         Annotated[Throughput, tyro.conf.subcommand("throughput")]
+        | Annotated[Tree, tyro.conf.subcommand("tree")]
         | Annotated[Scores, tyro.conf.subcommand("scores")]
         | Annotated[Tables, tyro.conf.subcommand("tables")],
         description=__doc__,

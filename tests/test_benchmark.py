@@ -45,14 +45,53 @@ def test_a_stopped_cell_goes_on(cell, tmp_path):
         assert np.isclose(float(row["last10_return"]), before["return"][mine].mean(), atol=2e-3)
 
 
+def test_both_evaluations_of_a_run_are_scored(cell):
+    """One run of a scaled script fills two cells: the mean action's and the best of 50's."""
+    flags = "--hidden-sizes", "8", "8", "--batch-size", "16", "--eval-episodes", "1"
+    cell = benchmark.replace(cell, script="asac", variant="small", flags=flags, num_seeds=1)
+    best = cell.evaluated("_m50")
+    assert (best.variant, best.run, best.command) == ("small, M=50", cell.run + "_m50", cell.command)
+    benchmark.run_cell(cell, Lock())
+    scores = {row["run"]: row for row in benchmark.read(benchmark.RESULTS / "scores.csv")}
+    assert {run: row["variant"] for run, row in scores.items()} == {cell.run: "small", best.run: "small, M=50"}
+    assert scores[cell.run]["last10_score"] != scores[best.run]["last10_score"]
+    curves = [row["run"] for row in benchmark.read(benchmark.RESULTS / "curves.csv")]
+    assert curves.count(cell.run) == curves.count(best.run) == 20
+
+
 @pytest.mark.parametrize("grid", benchmark.GRIDS)
 def test_grids_name_flags_that_exist(grid, monkeypatch):
     """Each cell's command line parses; hours are not the time to find a typo."""
-    for cell in benchmark.GRIDS[grid]:
+    cells = benchmark.GRIDS[grid]
+    for cell in [*cells, *(cell.members for cell in cells if cell.members)]:
         monkeypatch.setattr("sys.argv", cell.command)
         args = harness.load(cell.script).parse_args()
-        assert args.num_updates == cell.num_updates and args.dataset == (cell.dataset,)
+        if cell.script == "sac":
+            assert args.num_steps == cell.num_updates and args.env_id.lower().startswith(cell.dataset.split("/")[0])
+        else:
+            assert args.num_updates == cell.num_updates and args.dataset == tuple(cell.dataset.split(" + "))
     assert grid in benchmark.TITLES
+
+
+def test_online_curves_begin_with_the_first_step():
+    """Two seeds, 100 updates and then steps: what came before is left out, the dip is found; sac.py begins at 0."""
+    values = {50: 90, 100: 30, 110: 20, 120: 10, 130: 60}
+    curves = [
+        {"run": "ours", "seed": str(seed), "update": str(n), "normalized_score": str(x + 4 * seed)}
+        for n, x in values.items()
+        for seed in range(2)
+    ]
+
+    class Ours(benchmark.Cell):
+        run = "ours"
+
+    cell = Ours("tiny", "bred", "hopper/replay-v0", "BRED", (), 2, 100, online=True)
+    assert [row["update"] for row in benchmark.online_curve(cell, curves)] == [0, 0, 10, 10, 20, 20, 30, 30]
+    assert benchmark.online_summary(cell, curves) == " (from 32.0, lowest 12.0)"
+    sac = Ours("tiny", "sac", "hopper/replay-v0", "SAC", (), 2, 130, online=True)
+    assert benchmark.online_summary(sac, curves) == " (lowest 12.0)"
+    offline = Ours("tiny", "bred", "hopper/replay-v0", "CQL", (), 2, 100)
+    assert [row["update"] for row in benchmark.online_curve(offline, curves)][::2] == list(values)
 
 
 @pytest.mark.parametrize("script", benchmark.UPDATE_PATHS)

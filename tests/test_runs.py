@@ -281,7 +281,8 @@ def test_extend_a_finished_run(runs, tmp_path):
     assert sorted(set(harness.read_evaluations(tmp_path / "run")["update"])) == [50, 100, 130, 150, 200, 250, 260]
     assert weights(tmp_path / "run")["/num_updates"] == 260
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()  # nor does TensorBoard forget the step in between
+    # nor does TensorBoard forget the evaluation in between
+    events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
     assert [s.step for s in events.Scalars("evaluation/return")] == [50, 100, 130, 150, 200, 250, 260]
 
 
