@@ -2,6 +2,7 @@
 
 python tests/benchmark.py throughput                     updates per second beside the matrix-product floor
 python tests/benchmark.py tree                           draws from and writes to asac.py's tree, beside a binary one
+python tests/benchmark.py atari                          the same of the offline Atari agents; memory of their loader
 python tests/benchmark.py scores                         runs what is missing from the grids, then writes the tables
 python tests/benchmark.py scores --grids p_base --jobs 2 one grid, two runs at a time
 python tests/benchmark.py tables                         tables in benchmarks.md and pictures, from what is there
@@ -11,6 +12,7 @@ so an interrupted grid goes on where it stopped.
 """
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -19,13 +21,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Lock
 from typing import Annotated
@@ -436,6 +440,190 @@ class Tree:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Atari
+# ---------------------------------------------------------------------------------------------------------------------
+
+ATARI = "offline_dqn_atari", "rem_atari", "ensemble_dqn_atari", "qrdqn_atari"
+PONG = {"id": "ALE/Pong-v5", "kwargs": {}}
+
+
+def pong_rows(num_rows):
+    """Rows of random play as a replay file has them, with three rows of padding before every episode: (frame, action,
+    reward, terminal)."""
+    games, rng = harness.load("offline_dqn_atari").make_atari(PONG, 1), np.random.default_rng(0)
+    rows, padding = [], (np.zeros((84, 84), np.uint8), 0, 0.0, 0)
+    for seed in count():
+        rows += 3 * [padding]
+        obs, over = games.reset(seed=seed)[0], False
+        while not over:
+            if len(rows) == num_rows:
+                return [np.stack(column) for column in zip(*rows)]
+            frame, action = obs[0, -1].copy(), int(rng.integers(6))
+            obs, reward, terminated, truncated, _ = games.step(np.array([action]))
+            over = bool(terminated[0] or truncated[0])
+            rows.append((frame, action, float(reward[0]), int(over)))
+
+
+def write_pong(folder, num_rows, distinct=10_000):
+    """File 0 of a replay: `distinct` rows of random play, again and again (too far apart for gzip to notice)."""
+    columns = pong_rows(min(num_rows, distinct))
+    folder.mkdir(parents=True)
+    arrays = {"add_count": np.array(num_rows)}
+    dtypes = {"action": np.int32, "reward": np.float32, "terminal": np.uint8}
+    for (name, dtype), x in zip(dtypes.items(), columns[1:]):
+        arrays[f"$store$_{name}"] = np.resize(x.astype(dtype), num_rows)
+    for name, x in arrays.items():
+        with gzip.open(folder / f"{name}_ckpt.0.gz", "wb") as file:
+            np.save(file, x)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num_rows, 84, 84)}
+    with gzip.open(folder / "$store$_observation_ckpt.0.gz", "wb", 1) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, num_rows, distinct):
+            file.write(columns[0][: num_rows - start].tobytes())
+
+
+def atari_updates(script, folder, num_seeds, device, **flags):
+    """A function run(n) that makes n updates as the main loop of an offline Atari script does, and its replay."""
+    module = harness.load(script)
+    args = module.Args(dataset=(str(folder),), env_id=PONG["id"], num_seeds=num_seeds, **flags)
+    replay = module.Replay(module.load_replay(args)[0], args, device)
+    replay.use(0, prefetch=False)
+    agent = (module.DQNAgent if script == ATARI[0] else module.MultiHeadAgent)(6, args, device)
+    generators = [torch.Generator().manual_seed(s) for s in range(num_seeds)]
+    learn, m = partial(module.run_atari_updates, agent, args), module.UPDATES_PER_GRAPH
+
+    def chunks():
+        while True:
+            index, *noise = module.draw_block(replay, generators, args.batch_size)
+            if script == "rem_atari":
+                noise.append(module.draw_mixtures(generators, args.num_heads).to(device))
+            for i in range(0, module.UPDATES_PER_BLOCK, m):
+                yield replay.batches(index[i : i + m]) + [x[i : i + m] for x in noise]
+
+    def run(n):
+        for inputs in islice(endless, n // m):
+            step(*inputs)
+
+    endless = chunks()
+    step = module.cuda_graph(learn, agent, *next(endless)) if device.type == "cuda" else learn
+    return run, replay
+
+
+def gigabytes(name):
+    """VmRSS, VmHWM (its peak), RssAnon or RssFile of this process."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024 / 1e9
+
+
+def sample_replay(folder, flags, windows):
+    """In a process of its own: draws 1,000 batches from each of so many windows of frames. Gigabytes and seconds."""
+    module = harness.load("offline_dqn_atari")
+    args = module.Args(dataset=(str(folder),), env_id=PONG["id"], **flags)
+    files = module.load_replay(args)[0]
+    before = {name: gigabytes(name) for name in ("VmRSS", "RssAnon")}
+    replay, generator, waited = module.Replay(files, args, torch.device("cpu")), torch.Generator(), []
+    for number in range(windows):
+        start = time.perf_counter()
+        replay.use(number, prefetch=False)
+        waited.append(time.perf_counter() - start)
+        start = time.process_time()
+        for _ in range(10):
+            (index,) = module.draw_block(replay, [generator], args.batch_size)
+            for rows in index.split(module.UPDATES_PER_GRAPH):
+                replay.batches(rows)
+        batches = time.process_time() - start
+    return {
+        "held": sum(x.nbytes for x in replay.buffers) / 1e9,
+        "peak": gigabytes("VmHWM") - before["VmRSS"],
+        "own": gigabytes("RssAnon") - before["RssAnon"],
+        "load": np.median(waited),
+        "batch": batches,  # seconds for 1,000: milliseconds for one
+    }
+
+
+@dataclass
+class Atari:
+    """Updates and frames per second of the offline Atari agents; memory and time that a replay file takes."""
+
+    scripts: tuple[str, ...] = ATARI
+    """which agents"""
+    num_seeds: tuple[int, ...] = (1, 3)
+    """agents side by side"""
+    threads: int = 1
+    """CPU threads"""
+    rounds: int = 5
+    """rounds; each measures every variant once, in turn"""
+    updates: int = 20
+    """updates per variant and round; a multiple of 10"""
+    device: str = "auto"
+    """as in the scripts"""
+    file_rows: int = 0
+    """then write a file of so many rows to --folder, and sample from it with --memory-gb; the public files have a
+    million, 7 GB unpacked"""
+    memory_gb: float = 2.0
+    """memory budget of that"""
+    folder: str = tempfile.gettempdir()
+    """for that file"""
+
+    def run(self):
+        torch.set_num_threads(self.threads)
+        harness.load(ATARI[0]).keep_freed_memory()
+        device = harness.load(ATARI[0]).choose_device(self.device)
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            self.time_updates(Path(folder) / "small", device)
+            if self.file_rows:
+                self.measure_file(Path(folder) / "large", device)
+
+    def time_updates(self, folder, device):
+        write_pong(folder, 10_000)
+        variants = {(s, S): atari_updates(s, folder, S, device)[0] for s in self.scripts for S in self.num_seeds}
+        times = defaultdict(list)
+        for round_number in range(self.rounds + 1):
+            for variant, run in variants.items():
+                seconds = seconds_of(run, self.updates, device, self.threads) / self.updates
+                if round_number:  # the first round warms up
+                    times[variant].append(seconds)
+        batch = harness.load(ATARI[0]).Args().batch_size
+        print(f"{hardware(device)}, {self.threads} thread(s), B={batch}, medians of {self.rounds} rounds")
+        for (script, S), seconds in times.items():
+            rate = S / np.median(seconds)
+            print(f"  {script:20s} {S} seed(s): {rate:8.1f} updates/s of a seed, {5 * batch * rate:10,.0f} frames/s")
+
+    def measure_file(self, folder, device):
+        start = time.perf_counter()
+        write_pong(folder, self.file_rows)
+        packed = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
+        print(f"a file of {self.file_rows:,} rows: {packed:.2f} GB, written in {time.perf_counter() - start:.0f} s")
+        kinds = {
+            f"--memory-gb {self.memory_gb:g}": ({"memory_gb": self.memory_gb}, 3),
+            f"--frames-dir {self.folder}": ({"memory_gb": self.memory_gb, "frames_dir": self.folder}, 1),
+        }
+        for name, job in kinds.items():
+            with get_context("spawn").Pool(1) as pool:
+                found = pool.apply(sample_replay, (folder, *job))
+            taken = f"{found['load']:.0f} s to load, {found['batch']:.2f} ms a batch"
+            print(
+                f"  {name}: {found['held']:.2f} GB of frames, resident at most {found['peak']:.2f} GB above the start, "
+                f"{found['own']:.2f} GB without mapped files; {taken}"
+            )
+        run, replay = atari_updates(ATARI[0], folder, 1, device, memory_gb=self.memory_gb)
+
+        def rate(going_on):
+            start, n = time.perf_counter(), 0
+            while going_on(n):
+                run(10)
+                n += 10
+            return f"{n} updates, {n / (time.perf_counter() - start):.1f} a second of wall time"
+
+        run(10)
+        alone = rate(lambda n: n < 50)
+        replay.use(0, prefetch=True)
+        beside = rate(lambda n: not all(job.done() for _, job in replay.jobs))
+        print(f"  {ATARI[0]} while a window is loaded: {beside}; before that: {alone}")
+        replay.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -627,7 +815,43 @@ def scaled_cells(grid, script, datasets, scales):
     return cells
 
 
+# about a seventh of the arithmetic, a step size and targets for thousands of updates in place of millions
+SMALL_ATARI = (
+    *("--channels", "16", "32", "32", "--hidden-size", "256", "--padding", "valid", "--gamma", "0.97"),
+    *("--learning-rate", "1e-3", "--optimizer-eps", "1.5e-4", "--target-every", "250", "--eval-episodes", "3"),
+)
+ATARI_DATA = "atari/mspacman"
+ATARI_VARIANTS = {
+    "DQN": ("offline_dqn_atari", ()),
+    "Ensemble-DQN": ("ensemble_dqn_atari", ()),
+    "REM": ("rem_atari", ()),
+    "QR-DQN": ("qrdqn_atari", ()),
+}
+
+
+def atari_cells(grid, variants, num_seeds, num_updates, extra=()):
+    """The offline Atari agents on the embedded log."""
+    return [
+        Cell(grid, script, ATARI_DATA, variant, (*flags, *extra), num_seeds, num_updates)
+        for variant, (script, flags) in variants.items()
+    ]
+
+
 GRIDS = {
+    "atari": atari_cells("atari", ATARI_VARIANTS, 3, 10_000, SMALL_ATARI),
+    "atari_paper": atari_cells(
+        "atari_paper",
+        ATARI_VARIANTS
+        | {
+            "DQN (RMSProp)": (
+                "offline_dqn_atari",
+                ("--optimizer", "rmsprop", "--learning-rate", "2.5e-4", "--optimizer-eps", "1e-5"),
+            ),
+            "Averaged Ensemble-DQN": ("ensemble_dqn_atari", ("--averaged-target",)),
+        },
+        3,
+        1_250_000,
+    ),
     "scaled": [  # the most telling first
         *scaled_cells("scaled", "asac", (UNBALANCED, DATASETS[0], DATASETS[3]), ("small", "middle")),
         *scaled_cells("scaled", "asac", (DATASETS[0], UNBALANCED), ("5 critics",)),
@@ -662,6 +886,8 @@ SCALED = "networks 2x64 (small) and modern ones of a residual block, 3x128 (midd
 SCALED += "5x1024), 2 critics where nothing is said; M=50: the best of 50 actions instead of the mean, from the same "
 SCALED += "checkpoints. Batch 256, target critics four times as fast, evaluations of 5 episodes."
 TITLES = {
+    "atari": "Offline agents on the embedded log, convolutions 16-32-32, 3 episodes an evaluation (REM's Table 1).",
+    "atari_paper": "The same with the paper's networks and flags, a tenth of its updates; for a GPU.",
     "scaled": f"ASAC; {SCALED}",
     "scaled_awac": "AWAC in the same setting.",
     "scaled_td3_bc": "TD3+BC in the same setting.",
@@ -970,6 +1196,7 @@ if __name__ == "__main__":
     tyro.cli(
         Annotated[Throughput, tyro.conf.subcommand("throughput")]
         | Annotated[Tree, tyro.conf.subcommand("tree")]
+        | Annotated[Atari, tyro.conf.subcommand("atari")]
         | Annotated[Scores, tyro.conf.subcommand("scores")]
         | Annotated[Tables, tyro.conf.subcommand("tables")],
         description=__doc__,
