@@ -23,15 +23,16 @@ Each update: actor and critics from the same old parameters, then targets.
 
 What differs from the papers and their code, and why.
     - The ReD paper reports nothing of its CRR but the scores. The defaults here are those of the CRR authors' JAX code
-      (Acme) and of d3rlpy: exp, mean, beta 1, weights up to 20, m = 4, hard copies of both targets every 100 updates.
+      (Acme) and of d3rlpy: exp, mean, weights up to 20, m = 4, hard copies of both targets every 100 updates; but beta
+      is 10, not 1. Theirs is for rewards within [0, 1]; MuJoCo's are as logged here, and Q is in the hundreds. With
+      beta = 1 nearly all weights vanish, the few actions that keep one pull the policy away from the data, the critic
+      has no data there, and both diverge (benchmarks.md). For 0/1 rewards, as in mazes, give --beta 1.
     - One critic with a squared error, as in both of these, where the paper has a distributional one.
     - The policy is a Normal around tanh(mean) with a state-dependent standard deviation, its samples clipped to the
       action box (d3rlpy). Acme squashes the samples instead; then a logged action at the bounds has no log-density.
     - Actor and critics learn from the same old parameters (Acme), so that one pass of the critics over (s, a) serves
       both the advantage and L_Q; in d3rlpy the actor sees the critic one step later.
     - Evaluations act by the mean, as in every script here; the paper draws several actions and picks one by its Q.
-    - MuJoCo's rewards are as logged. Differences of Q soon exceed beta = 1 there, so that exp becomes a soft filter
-      (value/advantage_weight in the log falls); a larger --beta grades more finely.
     - R_i is the return of the whole episode as logged, before any reward transformation. The ReD code drops the last
       step of every timed-out episode; we keep its reward, and its transition where the data has its next observation.
     - Drawing from a cached cumulative sum instead of numpy.random.choice: the same distribution, O(log N) per draw.
@@ -118,8 +119,8 @@ class Args:
     """actions drawn from the policy for each advantage (m)"""
     weight: Literal["exp", "binary"] = "exp"
     """weight of a logged action: exp: exp(advantage / beta), binary: 1 where the advantage is positive, else 0"""
-    beta: float = 1.0
-    """CRR's temperature: divides the advantage, where IQL's multiplies it; infinity is plain cloning (weight exp)"""
+    beta: float = 10.0
+    """divides the advantage, where IQL's multiplies it; 1 for rewards within [0, 1]; infinity: cloning (weight exp)"""
     max_weight: float = 20.0
     """upper bound on the weights (weight exp)"""
     target_period: int = 100

@@ -691,8 +691,9 @@ SMALL = ("--hidden-sizes", "128", "128")  # a quarter of the arithmetic, for gri
 MEDIUM = ("--hidden-sizes", "256", "256")  # a fifteenth of the arithmetic of 2x1024
 TINY = ("--hidden-sizes", "64", "64")
 FAST = ("--polyak", "0.02")  # V learns its level in a quarter of the updates, see benchmarks.md
-# PointMaze: IQL with its AntMaze settings; ReD with the p_base that its paper gives 0/1 returns
-MAZE_FLAGS = {"iql_red": ("--expectile", "0.9", "--beta", "10")}
+# PointMaze: IQL with its AntMaze settings, CRR with its beta for 0/1 rewards; ReD with the p_base of its paper's mazes
+MAZE_FLAGS = {"iql_red": ("--expectile", "0.9", "--beta", "10"), "crr_red": ("--beta", "1")}
+SOFT = ("--beta", "1", "--polyak", "0.005", "--target-period", "1", "--num-critics", "2")  # of CRR, as SAC has them
 
 
 def sampler_cells(grid, script, dataset, samplers, num_seeds, num_updates, extra=()):
@@ -868,6 +869,11 @@ GRIDS = {
     "fast": sampler_cells("fast", "iql_red", DATASETS[0], ALL[:2], 3, 40_000, (*SMALL, *FAST)),
     "td3_bc": [c for d in DATASETS for c in sampler_cells("td3_bc", "td3_bc_red", d, ALL[:2], 3, 40_000, SMALL)],
     "crr": [c for d in DATASETS for c in sampler_cells("crr", "crr_red", d, ALL[:2], 3, 40_000, SMALL)],
+    "crr_beta": [
+        replace(cell, variant=variant, flags=(*cell.flags, *flags))
+        for variant, flags in (("beta 1", ("--beta", "1")), ("beta 10", ()), ("beta 1, soft targets", SOFT))
+        for cell in sampler_cells("crr_beta", "crr_red", DATASETS[1], ALL[:1], 3, 10_000, SMALL)
+    ],
     "cql": [c for d in DATASETS for c in sampler_cells("cql", "cql_red", d, ALL, 3, 40_000, TINY)],
     "dered": [c for d in DATASETS for c in dered_cells("dered", d, 3, 40_000, SMALL)],
     "bred": [c for d in BRED_DATASETS for c in online_cells("bred", d, 2, 3, 20_000, 20_000, ON_CPU)],
@@ -901,6 +907,7 @@ TITLES = {
     "fast": "IQL on the replay data with target critics that move four times as fast.",
     "td3_bc": "TD3+BC, networks 2x128 (the ReD paper's Table 1).",
     "crr": "CRR, networks 2x128 (Table 1).",
+    "crr_beta": "CRR with uniform sampling and two values of beta; soft targets: polyak 0.005 every update, 2 critics.",
     "cql": "CQL, networks 2x64, which is what a CPU can afford (Tables 1 and 4).",
     "dered": "DeReD on IQL, networks 2x128 (Tables 2 and 5): stage 1 is uniform, stage 2 adds half as many updates.",
     "bred": "BRED's Figure 3 on a CPU: networks 2x64, N = 2, 20,000 offline updates, 20,000 online steps.",

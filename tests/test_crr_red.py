@@ -25,7 +25,7 @@ O, A = 4, 2  # noqa: E741  dimensions of the small agents below
 
 
 def make_args(**flags):
-    return crr.Args(**{"hidden_sizes": (16, 16), "batch_size": 32, "num_updates": 1000, **flags})
+    return crr.Args(**{"hidden_sizes": (16, 16), "batch_size": 32, "num_updates": 1000, "beta": 1.0, **flags})
 
 
 def make_agent(args, obs_dim=O, action_dim=A, device="cpu", spread=None):
@@ -625,7 +625,7 @@ def chain_returns(actor, S):
 def learn_chain(module=crr, **flags):
     """Returns of three seeds after 600 updates on the chain's log."""
     defaults = {"hidden_sizes": (32, 32), "num_seeds": 3, "learning_rate": 3e-3, "target_period": 20, "batch_size": 128}
-    args = module.Args(**{**defaults, **flags})
+    args = module.Args(**{**defaults, "beta": 1.0, **flags})
     transitions, m, B = chain_transitions(), args.num_action_samples, args.batch_size
     agent = module.CRRAgent(STATES, 1, args, torch.device("cpu"))
     sampler = module.Sampler(np.full(len(transitions), 1 / len(transitions)), "cpu")
