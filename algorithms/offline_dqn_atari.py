@@ -964,18 +964,19 @@ class AtariEvaluator:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def print_result(args, run_dir, num_updates, rate):
+def print_atari_result(args, run_dir, num_updates, rate):
     """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
         rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
+        hundred = "the agent that logged the data, else a human"
         if not np.isnan(score).any():
-            text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
+            text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: {hundred}), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
         text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
-    print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
+    print(f"{text}{num_updates:,} updates, {rate:.1f} updates/s per seed, run folder {run_dir}")
 
 
 def evaluate_atari_run(args, agent_class):
@@ -1217,7 +1218,7 @@ def main():
     if num_updates < args.num_updates:
         print(f"stopped at update {num_updates:,}; continue with: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(128 + stop[0])
-    print_result(args, run_dir, num_updates, rate)
+    print_atari_result(args, run_dir, num_updates, rate)
 
 
 if __name__ == "__main__":
