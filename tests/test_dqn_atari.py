@@ -114,7 +114,7 @@ def play_main(monkeypatch, module, *flags, games=FakeGames):
 
 @pytest.fixture
 def run_main(monkeypatch):
-    return lambda *flags: play_main(monkeypatch, dqn, *flags)
+    return lambda *flags, **games: play_main(monkeypatch, dqn, *flags, **games)
 
 
 def checkpoint_of(run_dir):
@@ -607,7 +607,7 @@ def test_exploration(run_main, monkeypatch, tmp_path):
         assert 0.76 < np.mean(np.array(actions[101:]) == 2) < 0.94  # 0.8 + 0.2 / 4
 
 
-def test_learns_to_take_the_rewarded_action(run_main, monkeypatch, tmp_path):
+def test_learns_to_take_the_rewarded_action(run_main, tmp_path):
     """The frame shows which of the actions is rewarded: nearly all greedy actions are right after a few updates."""
 
     class Signals(FakeGames):
@@ -628,10 +628,9 @@ def test_learns_to_take_the_rewarded_action(run_main, monkeypatch, tmp_path):
                 self.show(i)
             return self.obs.copy(), np.array(reward), terminated, truncated, info
 
-    monkeypatch.setattr(sys.modules[__name__], "FakeGames", Signals)
     flags = "--num-steps", 1000, "--num-envs", 4, "--learning-starts", 100, "--epsilon-steps", 300, "--update-every", 4
     flags += "--optimizer", "adam", "--learning-rate", 3e-3, "--target-every", 50, "--batch-size", 16, "--gamma", 0.5
-    run_main(*BLIND, *flags, "--channels", 4, 4, 4, "--run-dir", tmp_path / "run")
+    run_main(*BLIND, *flags, "--channels", 4, 4, 4, "--run-dir", tmp_path / "run", games=Signals)
     reward = checkpoint_of(tmp_path / "run")["memory"]["reward"][0]
     assert reward[:25].mean() < 0 < 0.8 < reward[-50:].mean()
 
