@@ -2,7 +2,8 @@
 
 python tests/benchmark.py throughput                     updates per second beside the matrix-product floor
 python tests/benchmark.py tree                           draws from and writes to asac.py's tree, beside a binary one
-python tests/benchmark.py atari                          the same of the offline Atari agents; memory of their loader
+python tests/benchmark.py members                        what an update of bred.py's five members costs beside one
+python tests/benchmark.py atari                          updates of the offline Atari agents; memory of their loader
 python tests/benchmark.py scores                         runs what is missing from the grids, then writes the tables
 python tests/benchmark.py scores --grids p_base --jobs 2 one grid, two runs at a time
 python tests/benchmark.py tables                         tables in benchmarks.md and pictures, from what is there
@@ -437,6 +438,67 @@ class Tree:
         for name, rate in zip(("asac.py", "binary, numpy"), rates.T):
             print(f"  {name:14s} {np.median(rate):8.0f} {rate.max():8.0f} times a second")
         print(f"  {np.median(rates[:, 0] / rates[:, 1]):.1f} times as fast")
+
+
+@dataclass
+class Members:
+    """What an update of several members of bred.py costs beside one, offline and online, draws included."""
+
+    num_agents: int = 5
+    """members beside one"""
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """of every network"""
+    rounds: int = 5
+    """rounds; each measures both in turn"""
+    updates: int = 20
+    """updates per round; the cheaper online ones: five times as many"""
+    device: str = "auto"
+    """as in the scripts"""
+
+    def run(self):
+        torch.set_num_threads(1)
+        bred = harness.load("bred")
+        bred.keep_freed_memory()
+        device = bred.choose_device(self.device)
+        for stage, policy in (("offline", "distilled"), ("online", "distilled"), ("online", "independent")):
+            n = self.updates if stage == "offline" else 5 * self.updates
+            runs = [self.updates_of(bred, stage, policy, N, n, device) for N in (1, self.num_agents)]
+            seconds = [[seconds_of(run, n, device, 1) / n for run in runs] for _ in range(self.rounds + 1)][1:]
+            one, several = 1e3 * np.median(seconds, axis=0)
+            ratio = np.median([b / a for a, b in seconds])
+            print(f"{stage}, {policy}: 1 member {one:.1f} ms, {self.num_agents} {several:.1f} ms: {ratio:.2f} times")
+
+    def updates_of(self, bred, stage, policy, num_agents, n, device, num_offline=150_000, O=11, A=3):  # noqa: E741
+        """A function run(n) that draws for n updates of a stage and makes them, on random transitions."""
+        args = bred.Args(num_agents=num_agents, policy=policy, hidden_sizes=self.hidden_sizes)
+        agent, rng = bred.STAGES[stage](O, A, args, device), np.random.default_rng(0)
+        rows = rng.normal(size=(num_offline + args.online_steps, 2 * O + A + 2)).astype(np.float32)
+        rows[:, O : O + A] = np.tanh(rows[:, O : O + A])
+        rows[:, -1] = 1
+        rows = torch.from_numpy(rows).to(device)
+        if stage == "offline":
+            update, shapes = bred.cql_update, bred.cql_noise_shapes(args, A)
+            sampler = lambda u: (u * num_offline).long()
+        else:
+            update, shapes = bred.finetune_update, [(agent.num_policies, 1, args.batch_size, A)] * 2
+            of = {"t": 1_000, "num_offline": num_offline, "num_steps": args.online_steps, "args": args}
+            sampler = partial(bred.replay_rows, **of)
+        generators = [torch.Generator(device).manual_seed(s) for s in range(num_agents if stage == "offline" else 1)]
+        learn, m = partial(bred.run_stage, update, agent, rows, args), bred.UPDATES_PER_GRAPH
+
+        def draw():
+            return bred.draw_block(sampler, generators, args.batch_size, *shapes)
+
+        step = bred.cuda_graph(learn, agent, *(x[:m] for x in draw())) if device.type == "cuda" else learn
+
+        def run(n):
+            for start in range(0, n, m):
+                if start % bred.UPDATES_PER_BLOCK == 0:
+                    block = draw()
+                at = start % bred.UPDATES_PER_BLOCK
+                step(*(x[at : at + m] for x in block))
+
+        return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1203,6 +1265,7 @@ if __name__ == "__main__":
     tyro.cli(
         Annotated[Throughput, tyro.conf.subcommand("throughput")]
         | Annotated[Tree, tyro.conf.subcommand("tree")]
+        | Annotated[Members, tyro.conf.subcommand("members")]
         | Annotated[Atari, tyro.conf.subcommand("atari")]
         | Annotated[Scores, tyro.conf.subcommand("scores")]
         | Annotated[Tables, tyro.conf.subcommand("tables")],
