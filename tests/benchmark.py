@@ -1145,7 +1145,7 @@ class Tables:
     """The score tables in benchmarks.md, open rows included, and learning curves (results/*.svg)."""
 
     def run(self):
-        scores, curves = read(RESULTS / "scores.csv"), read(RESULTS / "curves.csv")
+        scores, curves, spreads = (read(RESULTS / f"{name}.csv") for name in ("scores", "curves", "spread"))
         lines = []
         for grid, cells in GRIDS.items():
             columns = list(dict.fromkeys(cell.variant for cell in cells))
@@ -1154,15 +1154,21 @@ class Tables:
             pictures = []
             for dataset in dict.fromkeys(cell.dataset for cell in cells):
                 in_row = {cell.variant: cell for cell in cells if cell.dataset == dataset}
-                values = []
+                values, over_episodes = [], []
                 for column in columns:
                     cell = in_row.get(column)
+                    found = [
+                        float(row["last10_std_over_episodes"]) for row in spreads if cell and row["run"] == cell.run
+                    ]
+                    over_episodes.append(f"{np.mean(found):.1f} ± {np.std(found):.1f}" if found else "")
                     found = [float(row["last10_score"]) for row in scores if cell and row["run"] == cell.run]
                     values.append(f"{np.mean(found):.1f} ± {np.std(found):.1f}" if found else "open" if cell else "")
                     if found and cell.online:
                         values[-1] += online_summary(cell, curves)
                 first = next(iter(in_row.values()))
                 lines.append(f"| {dataset} | {first.num_seeds} | {first.num_updates:,} | {' | '.join(values)} |")
+                if any(over_episodes):
+                    lines.append(f"| ... its deviation over episodes | | | {' | '.join(over_episodes)} |")
                 picture = plot(grid, dataset, list(in_row.values()), curves)
                 pictures += [f"![{grid}, {dataset}](tests/results/{picture})"] if picture else []
                 picture = plot_targets(grid, dataset, list(in_row.values()))
