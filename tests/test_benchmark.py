@@ -1,6 +1,9 @@
 """benchmark.py: cells are run, gone on with and tabled; every grid's cells name scripts and flags that exist."""
 
+import re
+import shlex
 import shutil
+from pathlib import Path
 from threading import Lock
 
 import benchmark
@@ -109,3 +112,13 @@ def test_throughput_runs_the_real_updates(script):
         assert len(steps) == 20 and len(draw(100)[0]) == module.UPDATES_PER_BLOCK
     finally:
         module.update = original
+
+
+@pytest.mark.parametrize("document", ["README.md", "tests/data/README.md"])
+def test_commands_in_the_documents_parse(document, monkeypatch):
+    """Every command line of a script that a document shows has flags and values that the script takes."""
+    commands = re.findall(r"python (algorithms/\w+\.py[^\n`#|&]*)", (harness.ROOT / document).read_text())
+    assert len(commands) > 5
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        harness.load(Path(command.split()[0]).stem).parse_args()
