@@ -937,7 +937,7 @@ GRIDS = {
         for variant, flags in (("beta 1", ("--beta", "1")), ("beta 10", ()), ("beta 1, soft targets", SOFT))
         for cell in sampler_cells("crr_beta", "crr_red", DATASETS[1], ALL[:1], 3, 10_000, SMALL)
     ],
-    "cql": [c for d in DATASETS for c in sampler_cells("cql", "cql_red", d, ALL, 3, 40_000, TINY)],
+    "cql": [c for d in DATASETS for c in sampler_cells("cql", "cql_red", d, ALL, 3, 15_000, TINY)],
     "dered": [c for d in DATASETS for c in dered_cells("dered", d, 3, 40_000, SMALL)],
     "bred": [c for d in BRED_DATASETS for c in online_cells("bred", d, 2, 3, 20_000, 20_000, ON_CPU)],
     # the protocols of the papers, for a GPU
