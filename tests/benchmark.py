@@ -1222,7 +1222,8 @@ def plot(grid, dataset, cells, curves):
         axes.fill_between(updates, mean - std, mean + std, alpha=0.2, linewidth=0)
     seeds = cells[0].num_seeds
     xlabel = "environment steps" if cells[0].online else "updates"
-    title = f"{cells[0].script} on {dataset}, {seeds} seeds, mean ± std"
+    scripts = {cell.script for cell in cells}
+    title = f"{cells[0].script if len(scripts) == 1 else grid} on {dataset}, {seeds} seeds, mean ± std"
     axes.set(xlabel=xlabel, ylabel="normalised score", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
