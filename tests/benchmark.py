@@ -931,7 +931,7 @@ GRIDS = {
     "p_base_fast": p_base_cells("p_base_fast", ("0", "0.2"), 3, 40_000, (*SMALL, *FAST)),
     "fast": sampler_cells("fast", "iql_red", DATASETS[0], ALL[:2], 3, 40_000, (*SMALL, *FAST)),
     "td3_bc": [c for d in DATASETS for c in sampler_cells("td3_bc", "td3_bc_red", d, ALL[:2], 3, 40_000, SMALL)],
-    "crr": [c for d in DATASETS for c in sampler_cells("crr", "crr_red", d, ALL[:2], 3, 40_000, SMALL)],
+    "crr": [c for d in DATASETS for c in sampler_cells("crr", "crr_red", d, ALL[:2], 3, 20_000, SMALL)],
     "crr_beta": [
         replace(cell, variant=variant, flags=(*cell.flags, *flags))
         for variant, flags in (("beta 1", ("--beta", "1")), ("beta 10", ()), ("beta 1, soft targets", SOFT))
