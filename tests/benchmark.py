@@ -2,6 +2,7 @@
 
 python tests/benchmark.py throughput                     updates per second beside the matrix-product floor
 python tests/benchmark.py tree                           draws from and writes to asac.py's tree, beside a binary one
+python tests/benchmark.py authors --code FOLDER          the same, and whole updates, beside the authors' own code
 python tests/benchmark.py members                        what an update of bred.py's five members costs beside one
 python tests/benchmark.py atari                          updates of the offline Atari agents; memory of their loader
 python tests/benchmark.py scores                         runs what is missing from the grids, then writes the tables
@@ -438,6 +439,79 @@ class Tree:
         for name, rate in zip(("asac.py", "binary, numpy"), rates.T):
             print(f"  {name:14s} {np.median(rate):8.0f} {rate.max():8.0f} times a second")
         print(f"  {np.median(rates[:, 0] / rates[:, 1]):.1f} times as fast")
+
+
+@dataclass
+class Authors:
+    """asac.py beside the code of its paper's authors: the tree, and a whole update with the same networks.
+
+    Needs a clone of github.com/facebookresearch/offline_rl, and what it imports (pip install hydra-core scipy).
+    """
+
+    code: str
+    """folder of the clone"""
+    hidden_size: int = 256
+    """width of both hidden layers of every network"""
+    batch_size: int = 512
+    """transitions per update, for the critics and again for the actor"""
+    num_transitions: int = 1_000_000
+    """in the dataset, and so in the tree"""
+    rounds: int = 15
+    """rounds; each measures all in turn, in CPU-seconds of one thread"""
+    updates: int = 20
+    """updates per round; of the trees, five times as many"""
+
+    def run(self):
+        torch.set_num_threads(1)
+        harness.load("asac").keep_freed_memory()  # for both
+        sys.path.insert(0, self.code)
+        from src.agent import td3as
+        from src.buffer import InMemoryBuffer
+        from src.log_prioritized_buffer import LogPrioritizedBuffer
+
+        (O, A), N, B, rng = (11, 3), self.num_transitions, self.batch_size, np.random.default_rng(0)  # noqa: E741
+        data = InMemoryBuffer(O, A, "cpu", N, prioritized=False)
+        for array in (data.state, data.action, data.next_state, data.reward):
+            array[:] = np.tanh(rng.normal(size=array.shape))
+        data.not_done[:], data.size = 1, N
+        loader = LogPrioritizedBuffer(data)
+        networks = td3as.ArchiConfig()
+        networks.actor.hidden_dim = networks.critic.hidden_dim = self.hidden_size
+        shapes = dict(obs_shape=(O,), action_shape=(A,), archi=networks, batch_size=B)
+        agent = td3as.TD3asAgent(**shapes, device="cpu", obs_type="", num_expl_steps=0, discrete_action=False)
+
+        def authors_update(n):
+            for step in range(n):
+                agent.update(loader, step)
+
+        def authors_tree(n):
+            tree = loader.priority_tree
+            for _ in range(n):
+                drawn, others = tree.sample_segments(B)[1], tree.sample_uniform(B)[1]
+                tree.update(np.concatenate([drawn, others]), logit[0].numpy())
+
+        flags = {"hidden_sizes": (self.hidden_size,) * 2, "batch_size": B}
+        path = replace(UPDATE_PATHS["asac"], flags=lambda sampler: flags)
+        update, _ = path.start("asac", "uniform", 1, torch.device("cpu"), N)
+        mine = harness.load("asac").LogSumExpTree(1, N, torch.device("cpu"))
+        logit = torch.from_numpy(rng.normal(size=(1, 2 * B)))
+
+        def tree(n):
+            for _ in range(n):
+                drawn = mine.sample(torch.rand(1, B, mine.depth + 1, dtype=torch.float64))
+                mine.update(torch.cat([drawn, torch.randint(N, (1, B))], 1), logit)
+
+        print(f"on {hardware(torch.device('cpu'))}, 1 thread, B={B}, {N:,} leaves, networks 2x{self.hidden_size}")
+        for what, n, run, theirs in (
+            ("updates", self.updates, update, authors_update),
+            ("tree: draw and write", 5 * self.updates, tree, authors_tree),
+        ):
+            rates = np.array(
+                [[n / seconds_of(f, n, torch.device("cpu"), 1) for f in (run, theirs)] for _ in range(self.rounds + 1)]
+            )[1:]  # the first round warms up
+            ours, other = np.median(rates, 0)
+            ratio = np.median(rates[:, 0] / rates[:, 1])
+            print(f"  {what:21s} {ours:8.1f} per second, the authors' {other:8.1f}: {ratio:.2f} x")
 
 
 @dataclass
@@ -1274,6 +1348,7 @@ if __name__ == "__main__":
     tyro.cli(
         Annotated[Throughput, tyro.conf.subcommand("throughput")]
         | Annotated[Tree, tyro.conf.subcommand("tree")]
+        | Annotated[Authors, tyro.conf.subcommand("authors")]
         | Annotated[Members, tyro.conf.subcommand("members")]
         | Annotated[Atari, tyro.conf.subcommand("atari")]
         | Annotated[Scores, tyro.conf.subcommand("scores")]
