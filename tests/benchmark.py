@@ -952,11 +952,15 @@ def scaled_cells(grid, script, datasets, scales):
     return cells
 
 
-# about a seventh of the arithmetic, a step size and targets for thousands of updates in place of millions
-SMALL_ATARI = (
-    *("--channels", "16", "32", "32", "--hidden-size", "256", "--padding", "valid", "--gamma", "0.97"),
-    *("--learning-rate", "1e-3", "--optimizer-eps", "1.5e-4", "--target-every", "250", "--eval-episodes", "3"),
-)
+def small_atari(learning_rate):
+    """Flags for a CPU: a seventh of the arithmetic, and targets for thousands of updates in place of millions."""
+    return (
+        *("--channels", "16", "32", "32", "--hidden-size", "256", "--padding", "valid", "--gamma", "0.97"),
+        *("--learning-rate", learning_rate, "--optimizer-eps", "1.5e-4", "--target-every", "250"),
+        *("--eval-episodes", "3"),
+    )
+
+
 ATARI_DATA = "atari/mspacman"
 ATARI_VARIANTS = {
     "DQN": ("offline_dqn_atari", ()),
@@ -975,7 +979,8 @@ def atari_cells(grid, variants, num_seeds, num_updates, extra=()):
 
 
 GRIDS = {
-    "atari": atari_cells("atari", ATARI_VARIANTS, 3, 10_000, SMALL_ATARI),
+    "atari": atari_cells("atari", ATARI_VARIANTS, 3, 6_000, small_atari("2.5e-4")),  # the step size of the log's DQN
+    "atari_large_steps": atari_cells("atari_large_steps", ATARI_VARIANTS, 3, 10_000, small_atari("1e-3"))[:2],
     "atari_paper": atari_cells(
         "atari_paper",
         ATARI_VARIANTS
@@ -1030,6 +1035,7 @@ SCALED += "5x1024), 2 critics where nothing is said; M=50: the best of 50 action
 SCALED += "checkpoints. Batch 256, target critics four times as fast, evaluations of 5 episodes."
 TITLES = {
     "atari": "Offline agents on the embedded log, convolutions 16-32-32, 3 episodes an evaluation (REM's Table 1).",
+    "atari_large_steps": "The same with a step size of 1e-3 instead of 2.5e-4.",
     "atari_paper": "The same with the paper's networks and flags, a tenth of its updates; for a GPU.",
     "scaled": f"ASAC; {SCALED}",
     "scaled_awac": "AWAC in the same setting.",
