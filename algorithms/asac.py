@@ -116,7 +116,8 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     beta: float | None = None
-    """temperature of the advantages; the paper tries 0.1 to 3 (MOOD, locomotion) and 0.03 to 0.5 (AntMaze)"""
+    """temperature of the advantages, in units of return; the paper tries 0.1 to 3 (MOOD, locomotion), 0.1 to 20
+    (locomotion-0.1) and 0.03 to 0.5 (AntMaze)"""
     max_advantage: float = math.inf
     """A_max: bound of the advantages in the tree"""
     policy_std: float = 0.2
@@ -795,6 +796,7 @@ def parse_args():
     try:
         config = json.loads((Path(run_dir) / "config.json").read_text())
         script, stored, _ = config["script"], config["args"], config["environment"]
+        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
     except (OSError, ValueError, LookupError, TypeError):
         fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
     if script != SCRIPT:
@@ -1191,7 +1193,7 @@ def main():
     check_range(args, 0, math.inf, "pessimism", "noise_clip", "eval_episodes", "eval_workers")
     check_range(args, 0, 1, "learning_rate", "gamma", "polyak")
     check_range(args, 1e-6, math.inf, "beta", "policy_std")
-    check_range(args, -math.inf, math.inf, "max_advantage")
+    check_range(args, -1e9, math.inf, "max_advantage")
     check_architecture(args)
     if args.evaluate:
         leaves = load_checkpoint(args.evaluate, "cpu")["agent"]["tree.level0"]

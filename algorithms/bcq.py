@@ -42,7 +42,7 @@ What differs from the papers and their code, and why.
 Run:      python algorithms/bcq.py --dataset hopper/replay-v0
 BCQ-ft:   python algorithms/bcq.py --dataset hopper/replay-v0 --online-steps 250000
           python algorithms/bcq.py --resume runs/bcq/RUN --online-steps 250000
-Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
+Expected: benchmarks.md has BCQ-ft: in small in the grid bred, with these defaults in bred_paper.
 """
 
 import contextlib
@@ -634,6 +634,7 @@ def parse_args():
     try:
         config = json.loads((Path(run_dir) / "config.json").read_text())
         script, stored, _ = config["script"], config["args"], config["environment"]
+        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
     except (OSError, ValueError, LookupError, TypeError):
         fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
     if script != SCRIPT:

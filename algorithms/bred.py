@@ -59,7 +59,7 @@ What differs from the papers and their code, and why.
 Run:      python algorithms/bred.py --dataset hopper/replay-v0
 CQL-ft:   python algorithms/bred.py --num-agents 1 --replay uniform --first-updates 1000
 Ablation: python algorithms/bred.py --offline runs/bred/RUN --replay online-only
-Expected: benchmarks.md has this run's curve; the last line says where it ended.
+Expected: benchmarks.md, the grid bred_paper; the grid bred has curves in small, which a CPU can make.
 """
 
 import contextlib
@@ -853,6 +853,7 @@ def parse_args():
     try:
         config = json.loads((Path(run_dir) / "config.json").read_text())
         script, stored, _ = config["script"], config["args"], config["environment"]
+        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
     except (OSError, ValueError, LookupError, TypeError):
         fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
     if script != SCRIPT:
@@ -1355,6 +1356,8 @@ def args_after_offline(args):
     except (TypeError, LookupError) as e:
         fail(f"{run_dir} was made by another version of {SCRIPT}.py ({e})", "check out the commit in its config.json")
     if not (Path(run_dir) / "offline.pt").exists():
+        if origin := flags.get("offline"):
+            fail(f"{run_dir} trained no members, it has those of {origin}", f"give --offline {origin}")
         fail(f"{run_dir} has no trained members (no offline.pt)", f"finish its offline stage with --resume {run_dir}")
     return args
 
@@ -1463,7 +1466,8 @@ def main():
             update, noise_shapes = finetune_update, [(agent.num_policies, 1, args.batch_size, A)] * 2
             transitions = torch.cat([transitions, transitions.new_zeros(S * T, sum(agent.widths))])  # rows to fill
             replay = transitions[num_offline:].view(S, T, sum(agent.widths))
-            interaction = Interaction(dataset.environment, replay, args, checkpoint if resumed else None) if T else None
+            logged = checkpoint if resumed and t else None
+            interaction = Interaction(dataset.environment, replay, args, logged) if T else None
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         if resumed:
             agent.load_state_dict(checkpoint["agent"])

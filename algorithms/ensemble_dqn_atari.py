@@ -36,7 +36,7 @@ What differs from the papers and their code, and why.
     - An episode that was cut after 27,000 steps is marked as terminal in the log, and cannot be told from a true end.
 
 Run:      python algorithms/ensemble_dqn_atari.py --dataset atari/mspacman
-Expected: benchmarks.md has this run's score; the average return of the logged episodes is printed beside it.
+Expected: benchmarks.md has what was measured; the run prints the average return of the logged episodes first.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ class Args:
     files: tuple[int, ...] | None = None
     """use only the files with these numbers N; the DQN Replay Dataset has 0 to 50, in the order of time"""
     first_fraction: float = 1.0
-    """use only this first part of the log, its worst play: 0.1 is the paper's ablation of quality"""
+    """use only this first part of every log, its worst play: 0.1 is the paper's ablation of quality"""
     subsample: float = 1.0
     """use only this share of the episodes, drawn at random with --seed: the paper's ablation of size"""
     memory_gb: float = 8.0
@@ -454,10 +454,12 @@ def find_replay(name):
 def replay_environment(folder):
     """The game of a log and its references, returns of random play and of the best evaluation of the DQN that logged
     it (the worse of the two first: REM's normalised score), from replay.json beside the log, or from its path."""
-    references, description = None, folder.parent / "replay.json"
+    references, kwargs, description = None, {}, folder.parent / "replay.json"
     if (folder / "metadata.json").exists():
         spec = json.loads(json.loads((folder / "metadata.json").read_text()).get("env_spec") or "{}")
         env_id = spec.get("id")
+        if (spec.get("kwargs") or {}).get("full_action_space"):  # the numbers of its actions mean others
+            kwargs = {"full_action_space": True}
     elif description.exists():
         description = json.loads(description.read_text())
         env_id, references = description["env_id"], (description["random"], description["dqn"])
@@ -466,8 +468,8 @@ def replay_environment(folder):
         game = next((x for x in reversed(folder.resolve().parts) if x != "replay_logs" and not x.isdigit()), "")
         env_id = f"ALE/{game}-v5" if game.isalnum() and game[:1].isupper() else None
     if env_id and not env_id.startswith("ALE/"):
-        raise ValueError(f"{env_id} is no environment of ale_py")
-    return {"id": env_id, "kwargs": {}, "references": references or ATARI_REFERENCES.get(env_id)}
+        fail(f"{folder} is data of {env_id}, no environment of ale_py", "give a log of an Atari game")
+    return {"id": env_id, "kwargs": kwargs, "references": references or ATARI_REFERENCES.get(env_id)}
 
 
 def load_replay(args):
@@ -478,18 +480,19 @@ def load_replay(args):
         try:
             environments.append(replay_environment(folder))
             if (folder / "main_data.hdf5").exists():
-                files.append(minari_replay_file(folder))
-                continue
-            numbers = {int(path.name.split(".")[-2]) for path in folder.glob("$store$_*_ckpt.*.gz")}
-            if missing := set(args.files or ()) - numbers:
-                fail(f"{name} has no files number {sorted(missing)}", f"choose from {sorted(numbers)}")
-            files += [replay_file(folder, number) for number in sorted(args.files or numbers)]
+                log = [minari_replay_file(folder)]
+            else:
+                numbers = {int(path.name.split(".")[-2]) for path in folder.glob("$store$_*_ckpt.*.gz")}
+                if missing := set(args.files or ()) - numbers:
+                    fail(f"{name} has no files number {sorted(missing)}", f"choose from {sorted(numbers)}")
+                log = [replay_file(folder, number) for number in sorted(args.files or numbers)]
         except (OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, zlib.error) as e:
             fail(f"dataset {name} is broken ({type(e).__name__}: {e})", "download or write it again")
-    left = math.ceil(args.first_fraction * sum(len(file.valid) for file in files))
-    for file in files:
-        file.valid[max(left, 0) :] = False
-        left -= len(file.valid)
+        left = math.ceil(args.first_fraction * sum(len(file.valid) for file in log))
+        for file in log:
+            file.valid[max(left, 0) :] = False
+            left -= len(file.valid)
+        files += log
     if args.subsample < 1:
         episodes = [(file, i, j) for file in files for i, j in pairwise(file.starts) if file.valid[i:j].any()]
         order = np.random.default_rng(args.seed).permutation(len(episodes))
@@ -498,6 +501,9 @@ def load_replay(args):
             file.valid[i:j] = False
     if not any(file.valid.any() for file in files):
         fail("the data holds no transition", "check --dataset, --files, --first-fraction and --subsample")
+    games = {environment["id"] for environment in environments if environment["id"]}
+    if len(games) > 1 and not args.env_id:
+        fail(f"the data is of {len(games)} games, {sorted(games)}", "give logs of one, or --env-id")
     environment = environments[0]
     if args.env_id and args.env_id != environment["id"]:
         environment = {"id": args.env_id, "kwargs": {}, "references": ATARI_REFERENCES.get(args.env_id)}
@@ -562,6 +568,9 @@ class Replay:
         try:
             if args.frames_dir:
                 file = tempfile.TemporaryFile(dir=args.frames_dir)  # gone with the process
+                free = shutil.disk_usage(args.frames_dir).free
+                if size > free:  # the file would be made all the same, and end the program where the disk is full
+                    raise OSError(f"{free / 1e9:.1f} GB are free in {args.frames_dir}")
                 self.buffers = [np.memmap(file, np.uint8, "w+", shape=shape)]
             else:
                 self.buffers = [np.empty(shape, np.uint8) for _ in range(num_buffers)]
@@ -663,14 +672,15 @@ def fit_to_game(files, environment, args):
         return num_logged
     num_actions = int(make_atari(environment, 1).single_action_space.n)
     if num_logged > num_actions:
-        fail(f"the log has {num_logged} actions, {environment['id']} has {num_actions}", "give --env-id")
+        fail(f"the log has {num_logged} actions, {environment['id']} has {num_actions}", "give its game as --env-id")
     return num_actions
 
 
 def report_replay(files, replay, args, writer):
     """Prints what there is to learn from and how it is held; the returns of the episodes go to TensorBoard."""
     spans = [(file, i, j) for file, episodes in zip(files, replay.episodes) for i, j in episodes]
-    returns = np.array([file.reward[i:j].sum() for file, i, j in spans if file.terminal[j - 1]] or [0.0])
+    whole = [span for span in spans if span[0].terminal[span[2] - 1] or span[0].path.suffix == ".hdf5"]
+    returns = np.array([file.reward[i:j].sum() for file, i, j in whole] or [0.0])
     print(
         f"{sum(file.valid.sum() for file in files):,} transitions in {len(spans):,} episodes of {len(files)} file(s); "
         f"return of the average episode, rewards clipped: {returns.mean():.1f}, of the best: {returns.max():.1f}"
@@ -728,6 +738,7 @@ def parse_args():
     try:
         config = json.loads((Path(run_dir) / "config.json").read_text())
         script, stored, _ = config["script"], config["args"], config["environment"]
+        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
     except (OSError, ValueError, LookupError, TypeError):
         fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
     if script != SCRIPT:

@@ -411,6 +411,7 @@ def parse_args():
     try:
         config = json.loads((Path(run_dir) / "config.json").read_text())
         script, stored, _ = config["script"], config["args"], config["environment"]
+        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
     except (OSError, ValueError, LookupError, TypeError):
         fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
     if script != SCRIPT:
@@ -801,7 +802,7 @@ def save_log(args, run_dir, environment, policy):
             evaluated.setdefault(row["update"], []).append(float(row["return"]))
     rewards = [np.load(path)["rewards"] for path in log]
     share = min(1, (args.replay_transitions or math.inf) / sum(map(len, rewards)))
-    kept = [i for i in range(len(log)) if math.floor((i + 1) * share) > math.floor(i * share)]
+    kept = [i for i in range(len(log)) if math.floor((i + 1) * share) > math.floor(i * share)] or [len(log) - 1]
     returns, num_transitions = [float(rewards[i].sum()) for i in kept], sum(len(rewards[i]) for i in kept)
     metadata = {
         "env_id": environment["id"],
@@ -834,7 +835,8 @@ def main():
     check_range(args, 1, math.inf, "batch_size", "channels", "hidden_size", "epsilon_steps", "num_networks")
     check_range(args, 1, math.inf, "target_every", "eval_every", "checkpoint_every", "log_every", "replay_transitions")
     check_range(args, 8, 2**24, "replay_size", "rows_per_file")  # a float32 draw tells 2^24 rows apart
-    check_range(args, 0, math.inf, "seed", "learning_rate", "optimizer_eps", "eval_episodes", "eval_workers")
+    check_range(args, 0, 2**32 - 1, "seed")
+    check_range(args, 0, math.inf, "learning_rate", "optimizer_eps", "eval_episodes", "eval_workers")
     check_range(args, 0, 1, "gamma", "epsilon")
     if len(args.channels) != 3:
         fail(f"--channels {args.channels} are not three", "give one number for each convolution")

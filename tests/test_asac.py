@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -240,6 +241,16 @@ def test_tree_draws_by_stratified_numbers_to_1e5():
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5).view(1, -1, 1) / 200_000
     share = np.bincount(tree_of(leaves).sample(u)[0], minlength=50) / 200_000
     assert np.abs(share - np.exp(leaves[0] - logsumexp(leaves[0]))).max() < 1e-5
+
+
+@pytest.mark.parametrize("fan_out, top", SHAPES)
+def test_tree_at_the_ends_of_the_unit_interval(fan_out, top):
+    """u = 0 draws the first leaf that has mass, the largest u below 1 the last one, whatever -inf is around them."""
+    leaves = np.full((2, 41), -INF)
+    leaves[:, [9, 10, 31]] = [[0.0, -2.0, 1.0], [-5000.0, -5000.0, -5001.0]]
+    tree = tree_of(leaves, fan_out, top)
+    for u, leaf in ((0.0, 9), (1 - 2**-53, 31)):
+        assert (tree.sample(torch.full((2, 3, tree.depth + 1), u, dtype=torch.float64)) == leaf).all()
 
 
 def printed_tree(leaves):
@@ -515,6 +526,18 @@ def test_best_of_samples_takes_the_best():
     assert not torch.allclose(action, mean, atol=1e-3)
 
 
+def test_best_of_samples_is_pessimistic():
+    """Critics 2 a and -a, a the action's first number: their mean is for the largest a, Q_bar for the one next to 0."""
+    args = make_args(num_seeds=1, eval_samples=50)
+    agent = make_agent(args, spread=0.5)
+    agent.critic = NearestTo((1, 2), None)
+    agent.critic.forward = lambda x: x[:, None, :, O : O + 1] * torch.tensor([2.0, -1.0]).view(1, 2, 1, 1)
+    obs = torch.zeros(1, 5, O)
+    action, draws = asac.BestOfSamples(agent, args).act(obs)[0], agent.actor(obs) + 0.2 * noise_of(0, 50, 5)
+    nearest = draws[..., 0].abs().argmin(0)
+    torch.testing.assert_close(action, draws.clamp(-1, 1)[nearest, torch.arange(5)])
+
+
 def test_more_samples_are_no_worse_and_nothing_changes():
     """Q_bar of the chosen action grows with M; one draw is one draw; acting leaves parameters and buffers alone."""
     args = make_args(num_seeds=1, num_critics=3, **MODERN)
@@ -649,6 +672,7 @@ class NumpyActorCritic:
 def in_double(agent, args):
     """The agent in float64, its learning rates not rounded to float32."""
     for optimizer in agent.double().optimizers.values():
+        assert optimizer.learning_rate.item() == pytest.approx(args.learning_rate)
         optimizer.learning_rate.fill_(args.learning_rate)
     return agent
 
@@ -880,21 +904,32 @@ def test_the_learning_test_is_a_test():
 
 
 def test_presets():
-    """What the paper does on its testbeds, unless a flag says otherwise."""
-    assert (asac.Args().architecture, asac.Args().num_critics, asac.Args().pessimism) == ("simple-small", 2, 0.5)
-    args = asac.Args(preset="antmaze", num_critics=10)
-    assert (args.architecture, args.num_critics, args.pessimism, args.beta) == ("modern", 10, 0.0, 0.1)
-    assert args.max_advantage == INF
-    assert asac.Args(preset="mood").architecture == "simple-large" and asac.Args(preset="mood").num_updates == 1_500_000
-    assert asac.Args(preset="locomotion-0.1").num_critics == 10 and asac.Args(preset="locomotion").num_critics == 5
+    """What the paper does on its testbeds (spec 7), unless a flag says otherwise; no A_max in (6)."""
+    for preset, expected in {
+        "small": ("simple-small", 2, 0.5, 0.5, 1_000_000),
+        "mood": ("simple-large", 5, 0.5, 0.5, 1_500_000),
+        "antmaze": ("modern", 5, 0.0, 0.1, 2_000_000),
+        "locomotion": ("modern", 5, 0.5, 0.5, 2_000_000),
+        "locomotion-0.1": ("modern", 10, 0.5, 1.5, 2_000_000),
+    }.items():
+        args = asac.Args(preset=preset)
+        assert (args.architecture, args.num_critics, args.pessimism, args.beta, args.num_updates) == expected, preset
+        assert args.max_advantage == INF
+    assert asac.Args(preset="antmaze", num_critics=10).num_critics == 10 and asac.Args().preset == "small"
     assert asac.Args(pessimism=0.0).pessimism == 0 and asac.Args(hidden_sizes=(8, 8)).hidden_sizes == (8, 8)
+
+
+def test_defaults_are_the_papers():
+    args = asac.Args()
+    assert (args.batch_size, args.learning_rate, args.gamma, args.polyak) == (512, 3e-4, 0.99, 0.005)
+    assert (args.policy_std, args.noise_clip, args.eval_samples, args.reward_transform) == (0.2, 0.3, 50, "auto")
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         ("--pessimism", -1), ("--num-critics", 0), ("--beta", 0), ("--policy-std", 0), ("--eval-samples", 0),
-        ("--noise-clip", "nan"), ("--max-advantage", "nan"), ("--polyak", 2),
+        ("--noise-clip", "nan"), ("--max-advantage", "nan"), ("--max-advantage", -10_000_000_000), ("--polyak", 2),
         ("--hidden-sizes", 16, 16, "--architecture", "modern"),
         ("--hidden-sizes", 8, 16, 8, "--architecture", "modern"),
     ],
@@ -940,6 +975,60 @@ def test_a_killed_and_resumed_run_ends_like_one_never_stopped(run_main, data, ca
     assert lines[0] == "the policy's mean action:" and lines[2] == "the best of 4 samples, by Q_bar:"
     assert lines[1].startswith("seed 0: return ") and lines[3].startswith("seed 0: return ")
     assert before == {path.name: path.read_bytes() for path in unbroken.iterdir()}
+
+
+def rewards_of(dataset):
+    return dataset.transitions[:, dataset.obs_dim + dataset.action_dim]
+
+
+@pytest.mark.parametrize("script", ["asac", "awac", "iql_scaled", "td3_bc_scaled"])
+def test_what_main_gives_its_updates(script, data, monkeypatch, tmp_path):
+    """Rewards as --reward-transform has them; for the critics indices that are uniform over all transitions; standard
+    normal noise. No two rows of it are the same: next_noise is not noise, and no update's is another's."""
+    module, given = harness.load(script), []
+    logged = module.load_dataset([str(data)])
+    reward, N = rewards_of(logged).copy(), len(logged.transitions)
+
+    def note(agent, transitions, args, index, *draws):
+        given.append((transitions, index, draws))
+        return {}
+
+    monkeypatch.setattr(module, "run_updates_on" if script == "asac" else "run_updates", note)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for mode, expected in (
+        ("auto", reward), ("shift", reward - 1), ("scale", reward * 1000 / np.ptp(logged.episode_returns))
+    ):  # fmt: skip
+        flags = "--dataset", data, *BLIND, "--num-updates", 400, "--num-seeds", 2, "--reward-transform", mode
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags), "--run-dir", str(tmp_path / mode)])
+        given.clear()
+        module.main()
+        np.testing.assert_allclose(given[0][0][:, 11 + 3].numpy(), expected, rtol=1e-6)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    index = torch.cat([index for _, index, _ in given])
+    assert index.shape == (400, 2, 16)
+    for s in range(2):
+        counts = np.bincount(index[:, s].flatten(), minlength=N)
+        assert_chi_square(counts / counts.sum(), np.full(N, 1 / N), counts.sum())
+    draws = [torch.cat(x) for x in zip(*(draws for *_, draws in given))]
+    if script == "asac":
+        u = draws.pop(0)
+        assert u.dtype == torch.float64 and 0 <= u.min() < 0.01 and 0.99 < u.max() < 1
+        assert u.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert [x.shape[2] for x in draws] == {"asac": [16, 32], "iql_scaled": [16]}.get(script, [16, 16])
+    assert all(abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02 for x in draws)
+    rows = torch.cat([x.flatten(0, 2) for x in draws])
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
+def test_automatic_reward_transform():
+    """Mazes pay -1 for each step before the goal; nothing else is touched."""
+    dataset = asac.load_dataset(["pointmaze/sparse-v0"])
+    for env_id, shift in (("PointMaze_Medium-v3", -1), ("AntMaze_UMaze-v4", -1), ("Hopper-v5", 0), (None, 0)):
+        rows = dataset.transitions.copy()
+        one = replace(dataset, transitions=rows, environment={**dataset.environment, "id": env_id})
+        asac.transform_rewards(one, "auto", asac.MAZE_TRANSFORMS)
+        np.testing.assert_array_equal(rewards_of(one), rewards_of(dataset) + shift)
 
 
 def test_mixed_data(run_main, tmp_path):

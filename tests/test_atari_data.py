@@ -168,16 +168,44 @@ def test_the_original_limits():
     assert valid[0] == 3 and valid[-1] == 999_997 and len(valid) == 999_995
 
 
+def without_frames(folder, terminal, reward, add_count, number=0):
+    """Writes a file that has no frames, only what says how many there are."""
+    arrays = {"$store$_action": np.int32(terminal), "$store$_reward": np.float32(reward)}
+    for name, x in (arrays | {"$store$_terminal": np.uint8(terminal), "add_count": np.array(add_count)}).items():
+        rewrite(folder / f"{name}_ckpt.{number}.gz", x)
+    with gzip.open(folder / f"$store$_observation_ckpt.{number}.gz", "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(terminal), 84, 84)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+
+@pytest.mark.parametrize("add_count, last", [(19, 17), (20, 18), (0, 18), (5, 3), (39, 17), (40, 18), (45, 3)])
+def test_which_rows_are_of_the_last_round(tmp_path, add_count, last):
+    """By how many rows were ever added, or, in the last file of the public logs, by the cursor: 0 where the round is
+    complete. A row can be drawn if the one after it is of this round, too."""
+    without_frames(tmp_path, np.zeros(20), np.zeros(20), add_count)
+    assert np.flatnonzero(dqn.replay_file(tmp_path, 0).valid).tolist() == list(range(3, last + 1))
+
+
+def test_rewards_are_clipped(tmp_path):
+    without_frames(tmp_path, np.zeros(7), [0, 0, 0, 200, -3, 0.5, -1], 7)
+    assert dqn.replay_file(tmp_path, 0).reward.tolist() == [0, 0, 0, 1, -1, 0.5, -1]
+
+
+def test_files_in_the_order_of_time(tmp_path):
+    """Number 10 comes after number 9, by default and when they are chosen."""
+    for number in (0, 1, 2, 9, 10, 33):
+        without_frames(tmp_path, np.zeros(20), np.full(20, number / 100), 19, number)
+    for files in (None, (33, 10, 9, 0, 2, 1)):
+        args = dqn.Args(dataset=(str(tmp_path),), env_id="ALE/Pong-v5", files=files)
+        rewards = [round(100 * float(file.reward[0])) for file in dqn.load_replay(args)[0]]
+        assert rewards == [0, 1, 2, 9, 10, 33]
+
+
 def test_an_episode_cut_after_27000_steps(tmp_path):
     """It is logged as an end: its last step is drawn and does not bootstrap, the next episode begins with black."""
     terminal = np.zeros(27_100, np.uint8)
     terminal[3 + 26_999] = 1
-    arrays = {"$store$_action": np.int32(terminal), "$store$_reward": np.float32(terminal)}
-    arrays |= {"$store$_terminal": terminal, "add_count": np.array(27_099)}
-    for name, x in arrays.items():
-        rewrite(tmp_path / f"{name}_ckpt.0.gz", x)
-    with gzip.open(tmp_path / "$store$_observation_ckpt.0.gz", "wb") as file:  # frames are not read here
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (27_100, 84, 84)})
+    without_frames(tmp_path, terminal, terminal, 27_099)
     file = dqn.replay_file(tmp_path, 0)
     assert np.flatnonzero(~file.valid).tolist() == [0, 1, 2, 27_003, 27_004, 27_005, 27_098]
     assert np.flatnonzero(file.terminal).tolist() == [27_002] and file.starts.tolist() == [0, 27_003, 27_099]
@@ -193,6 +221,8 @@ def test_what_dqn_atari_writes(tmp_path):
     replay.use(0, prefetch=False)
     assert len(check_transitions(replay)) > 0.85 * sum(len(a) for a, _ in make_episodes())
     assert environment == {"id": "ALE/Pong-v5", "kwargs": {}, "references": [-20.5, -3.0]}
+    assert replay_of(tmp_path / "pong", env_id="ALE/Pong-v5")[2] == environment
+    assert replay_of(tmp_path / "pong", env_id="ALE/Boxing-v5")[2]["references"] == (0.1, 12.1)
 
 
 def test_sampling(log):
@@ -230,14 +260,20 @@ def test_files(log):
 
 
 def test_first_fraction(log):
-    """The first tenth, and so on, of all rows in the order of time."""
-    everything = truth(log)
-    order = {identity: n for n, identity in enumerate(log.written)}
+    """The first tenth, and so on, of all rows in the order of time: 59 of every file, and those of the last one."""
+    everything, rows_of_file = truth(log), CAPACITY - 1
+    row = {x: n // CAPACITY * rows_of_file + n % CAPACITY for n, x in enumerate(log.written) if x}
+    num_rows = 6 * rows_of_file + log.add_count % CAPACITY
     for fraction in (0.1, 0.37, 0.9):
         found = drawn(replay_of(log.folder, first_fraction=fraction)[0])
-        assert found == {identity: everything[identity] for identity in found}
-        assert len(found) == pytest.approx(fraction * len(everything), abs=15)
-        assert max(order[x] for x in found) < min(order[x] for x in everything.keys() - found.keys())
+        assert found == {x: everything[x] for x in everything if row[x] < fraction * num_rows}
+
+
+def test_first_fraction_of_several_logs(log, tmp_path):
+    """The beginning of each of them, not the whole of the first."""
+    files = dqn.load_replay(dqn.Args(dataset=(str(log.folder), str(log.folder.parent)), first_fraction=0.1))[0]
+    drawable = [int(file.valid.sum()) for file in files]
+    assert len(drawable) == 14 and drawable[:7] == drawable[7:] and drawable[0] > 0 == sum(drawable[1:7])
 
 
 def test_subsample(log):
@@ -254,13 +290,24 @@ def test_subsample(log):
                 assert {x for x in everything if x[0] == e} <= found.keys()
         assert replay.num_rows < 0.7 * log.add_count
     assert kept[0][0] == kept[0][1] != kept[1][0]
-    assert len(drawn(replay_of(log.folder, subsample=1e-6)[0])) > 0  # one episode at least
+    for seed in range(6):  # one episode at least, with or without an end
+        assert len(drawn(replay_of(log.folder, subsample=1e-6, seed=seed)[0])) > 0
 
 
 def test_several_folders_are_put_together(log):
     replay, files, _ = replay_of(log.folder, log.folder.parent)  # the same data, by two of its names
     replay.use(0, prefetch=False)
     assert len(files) == 14 and len(replay.valid) == 2 * len(truth(log))
+
+
+def test_logs_of_several_games(log, tmp_path, capsys):
+    other = tmp_path / "Breakout" / "1"
+    other.mkdir(parents=True)
+    other = copy_of(log, other / "replay_logs")
+    with pytest.raises(SystemExit):
+        replay_of(log.folder, other, env_id=None)
+    assert "2 games, ['ALE/Breakout-v5', 'ALE/Pong-v5']" in capsys.readouterr().err
+    assert len(replay_of(log.folder, other)[1]) == 9  # who names a game is free to
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,6 +335,26 @@ def test_windows(log):
     for number in (17, 18, 3):  # as a resumed run has it
         again.use(number, prefetch=number == 17)
         assert check_transitions(again) == seen[number]
+
+
+def test_windows_smaller_than_a_file(tmp_path):
+    """Two files of 40 short episodes, 13 rows each; memory for two windows of 65: two whole episodes of either file,
+    others every time, each episode about as often as the others."""
+    memory = CircularMemory(tmp_path / "replay_logs", capacity=520)
+    episodes = make_episodes(80 * [10])
+    memory.log(episodes)
+    replay, *_ = replay_of(tmp_path, files=(0, 1), memory_gb=2 * 66.5 * 84 * 84 / 1e9)
+    counts = np.zeros(80, int)
+    for number in range(60):
+        plan = replay.plan(number)
+        assert [f for f, _, _ in plan] == [0, 0, 1, 1] and sum(j - i for _, i, j in plan) <= replay.num_rows == 65
+        assert all((i, j) in replay.episodes[f] for f, i, j in plan) and len({(f, i) for f, i, _ in plan}) == 4
+        for f, i, _ in plan:
+            counts[40 * f + i // 13] += 1
+        if number < 3:
+            replay.use(number, prefetch=True)
+            assert {e for e, _ in check_transitions(replay, episodes)} == {40 * f + i // 13 for f, i, _ in plan}
+    assert (counts > 0).sum() > 70 and counts.max() <= 12
 
 
 def test_a_window_is_loaded_beside_training_and_not_seen_before_its_time(log, monkeypatch):
@@ -322,6 +389,14 @@ def test_frames_on_disk(log, tmp_path):
     """The same transitions; the file has no name, so that not even kill -9 leaves it behind."""
     replay, *_ = replay_of(log.folder, frames_dir=str(tmp_path), memory_gb=1e-9)
     assert drawn(replay) == truth(log) and not list(tmp_path.iterdir()) and isinstance(replay.buffers[0], np.memmap)
+
+
+def test_no_room_on_the_disk(log, tmp_path, capsys, monkeypatch):
+    """Told at once: a memory-mapped file that outgrows its disk ends the process without a word."""
+    monkeypatch.setattr(dqn.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1_000_000}))
+    with pytest.raises(SystemExit):
+        replay_of(log.folder, frames_dir=str(tmp_path))
+    assert "0.0 GB are free in" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_no_folder_for_frames_on_disk(log, tmp_path, capsys):
@@ -405,6 +480,40 @@ def test_minari(tmp_path, kind):
         found[e, t] = True
     assert len(found) == len(frames) == sum(len(a) for a, _ in episodes)
     assert environment["id"] == "ALE/Pong-v5" and environment["references"] == dqn.ATARI_REFERENCES["ALE/Pong-v5"]
+
+
+def report_of(capsys, *dataset):
+    """What report_replay prints about these, and the returns that it logs."""
+    replay, files, _ = replay_of(*dataset)
+    histograms = []
+    writer = type("Writer", (), {"add_histogram": lambda self, tag, values: histograms.append((tag, values.tolist()))})
+    dqn.report_replay(files, replay, dqn.Args(), writer())
+    ((tag, returns),) = histograms
+    assert tag == "data/episode_returns"
+    return capsys.readouterr().out, returns
+
+
+def test_report(tmp_path, capsys):
+    """Returns of the episodes, of a log's those that came to an end in it; rewards clipped."""
+    returns = [float(rewards.sum()) for _, rewards in make_episodes()]
+    CircularMemory(tmp_path / "replay_logs", capacity=500).log(make_episodes())
+    text, logged = report_of(capsys, tmp_path)
+    assert logged == returns and text.startswith("368 transitions in 11 episodes of 1 file(s); ")
+    assert f"average episode, rewards clipped: {np.mean(returns):.1f}, of the best: {max(returns):.1f}" in text
+    text, logged = report_of(capsys, write_minari(tmp_path / "m"))
+    assert logged == returns[:3] and text.startswith("78 transitions in 3 episodes of 1 file(s); ")
+
+
+def test_minari_data_with_the_full_set_of_actions(tmp_path):
+    """Action 2 is another one there: the games are evaluated with that set, too."""
+    folder = write_minari(tmp_path / "m")
+    path = folder / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    spec = json.loads(metadata["env_spec"]) | {"kwargs": {"full_action_space": True, "obs_type": "rgb"}}
+    path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
+    args = dqn.Args(dataset=(str(folder),))
+    files, environment = dqn.load_replay(args)
+    assert environment["kwargs"] == {"full_action_space": True} and dqn.fit_to_game(files, environment, args) == 18
 
 
 def test_colour_frames():

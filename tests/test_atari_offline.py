@@ -7,6 +7,7 @@ The loader has its own tests in test_atari_data.py.
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -125,6 +126,20 @@ def assert_same_checkpoint(run_dir, reference):
     assert ours["num_updates"] == theirs["num_updates"] and ours["agent"].keys() == theirs["agent"].keys()
     assert not [name for name in ours["agent"] if not torch.equal(ours["agent"][name], theirs["agent"][name])]
     assert all(torch.equal(a, b) for a, b in zip(ours["generators"], theirs["generators"], strict=True))
+
+
+@every_script
+def test_defaults(script):
+    """13.3: those of the paper and its code, in updates where they count agent steps."""
+    args = vars(harness.load(script).Args())
+    expected = {
+        "gamma": 0.99, "batch_size": 32, "learning_rate": 5e-5, "optimizer_eps": 3.125e-4, "target_every": 2_000,
+        "optimizer_style": "tensorflow", "padding": "same", "channels": (32, 64, 64), "hidden_size": 512,
+        "num_updates": 12_500_000, "eval_every": 62_500, "window_updates": 62_500,
+    }  # fmt: skip
+    expected |= {"optimizer": "adam"} if script == "offline_dqn_atari" else {"num_heads": 200}
+    expected |= {"averaged_target": False} if script == "ensemble_dqn_atari" else {}
+    assert {name: args[name] for name in expected} == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,6 +545,21 @@ def test_updates_equal_numpy(script, flags):
 
 
 @every_script
+def test_an_update_gets_its_row(monkeypatch, script):
+    """Of every row: four frames as the state, the last four of the five as the next, the rest and its own mixture."""
+    module, seen = harness.load(script), []
+    monkeypatch.setattr(module, "update", lambda *inputs: seen.append(inputs) or {"n": len(seen)})
+    rows = [torch.rand(3, 2, 4, 5, 7, 7), *(torch.rand(3, 2, 4) for _ in range(3))]
+    noise = [torch.rand(3, 2, 6)] if module is rem else []
+    assert module.run_atari_updates("agent", "args", *rows, *noise) == {"n": 3} and len(seen) == 3
+    for m, (agent, (obs, action, reward, next_obs, mask), *rest) in enumerate(seen):
+        assert torch.equal(obs, rows[0][m, :, :, :4]) and torch.equal(next_obs, rows[0][m, :, :, 1:])
+        assert all(torch.equal(x, row[m]) for x, row in zip((action, reward, mask), rows[1:]))
+        assert agent == "agent" and rest[-1] == "args" and len(rest) == 1 + len(noise)
+        assert all(torch.equal(x, row[m]) for x, row in zip(rest, noise))
+
+
+@every_script
 def test_no_gradient_reaches_the_target(script):
     """An update leaves the target as it is, bit by bit; and y is a constant: Q_target's size does not move Q(s')."""
     module = harness.load(script)
@@ -625,6 +655,8 @@ def test_seed_k_among_five_is_the_run_with_seed_k(run_main, data, monkeypatch, t
             torch.testing.assert_close(five["last"][name][k], alone["last"][name][0], rtol=1e-3, atol=1e-5)
     draws = five["draws"]
     assert not any(torch.equal(x[0], x[4]) for x in (draws[0][0], draws[0][1]))
+    for i in {0, *range(3, len(draws[0]))}:  # frames and mixtures: new ones in every update
+        assert len({draw[i].numpy().tobytes() for draw in draws}) == 50
     moved = (five["last"]["network.weight4"] - five["first"]["network.weight4"]).abs().amax((1, 2))
     assert (moved > 1e-3).all()  # all learned
 
@@ -809,6 +841,27 @@ def test_evaluate(runs, run_main, capsys):
     assert before == {path.name: path.read_bytes() for path in unbroken.iterdir()}
 
 
+@every_script
+def test_what_is_evaluated(run_main, data, monkeypatch, tmp_path, script):
+    """Every seed's own network, as it is at that update; not its target."""
+    module, policies = harness.load(script), []
+
+    def play(policy, environment, env_seeds):
+        policies.append((pickle.loads(policy), env_seeds))
+        return [(1.0, 10)] * len(env_seeds)
+
+    monkeypatch.setattr(module, "run_atari_episodes", play)
+    flags = "--dataset", data, *SMALL, *small_flags(script), "--num-seeds", 2, "--learning-rate", 0.01
+    flags += "--target-every", 2, "--eval-every", 3, "--eval-workers", 0, "--eval-episodes", 4
+    run_main(module, *flags, "--num-updates", 5, "--run-dir", tmp_path / "run")
+    last = checkpoint_of(tmp_path / "run")["agent"]
+    assert len(policies) == 4 and len({seed for _, env_seeds in policies for seed in env_seeds}) == 16
+    for s, (policy, _) in enumerate(policies[2:]):
+        assert all(torch.equal(x[0], last[f"network.{name}"][s]) for name, x in policy.state_dict().items())
+    assert not torch.equal(last["network.bias4"], last["target_network.bias4"])
+    assert not torch.equal(policies[0][0].bias4, policies[2][0].bias4)
+
+
 def test_another_scripts_run(runs, run_main, capsys):
     with pytest.raises(SystemExit) as ended:
         run_main(qr, "--resume", runs[1])
@@ -821,6 +874,8 @@ def test_another_scripts_run(runs, run_main, capsys):
         ("--memory-gb", -1),
         ("--window-updates", 150),
         ("--first-fraction", 1.5),
+        ("--gamma", 1.01),
+        ("--seed", 2**32),
         ("--subsample", "nan"),
         ("--target-every", 0),
         ("--num-heads", 0),

@@ -289,6 +289,24 @@ def test_a_wide_policy_between_two_modes_and_the_best_of_samples():
     assert abs(mean) < 0.35 and best > mean + 0.25
 
 
+def test_presets_and_defaults():
+    """What the paper does on its testbeds (spec 7), unless a flag says otherwise: A_max and lambda = 0 for AntMaze."""
+    for preset, expected in {
+        "small": ("simple-small", 2, 0.5, 0.5, INF, 1_000_000),
+        "mood": ("simple-large", 5, 0.5, 0.5, INF, 1_500_000),
+        "antmaze": ("modern", 5, 0.0, 0.1, 1.0, 2_000_000),
+        "locomotion": ("modern", 5, 0.5, 0.5, INF, 2_000_000),
+        "locomotion-0.1": ("modern", 10, 0.5, 1.5, INF, 2_000_000),
+    }.items():
+        args = awac.Args(preset=preset)
+        ours = args.architecture, args.num_critics, args.pessimism, args.beta, args.max_advantage, args.num_updates
+        assert ours == expected, preset
+    assert awac.Args(preset="antmaze", max_advantage=INF).max_advantage == INF
+    args = awac.Args()
+    assert (args.batch_size, args.learning_rate, args.gamma, args.polyak) == (512, 3e-4, 0.99, 0.005)
+    assert (args.policy_std, args.noise_clip, args.eval_samples, args.reward_transform) == (0.2, 0.3, 50, "auto")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The online stage
 # ---------------------------------------------------------------------------------------------------------------------

@@ -723,6 +723,30 @@ def test_online_steps_take_the_best_of_fresh_candidates(logged_data, monkeypatch
     torch.testing.assert_close(load(tmp_path / "run")["replay"][..., 3:5], action[:, :, 0].transpose(0, 1))
 
 
+def test_what_each_stage_draws(data, monkeypatch, tmp_path):
+    """Offline every logged row; online all of these and the seed's own steps so far, with the same chance each. An
+    epoch that ends where no evaluation is due has none."""
+    run_updates, drawn, tables = bcq.run_updates, [], []
+
+    def drawing(agent, transitions, args, index, *noise):
+        drawn.append(index), tables.append(transitions)
+        return run_updates(agent, transitions, args, index, *noise)
+
+    monkeypatch.setattr(bcq, "run_updates", drawing)
+    flags = *SMALL, "--batch-size", 64, "--num-updates", 60, "--num-seeds", 2, "--online-eval-every", 200
+    flags += "--online-steps", 150, "--steps-per-epoch", 100, "--first-updates", 80, "--updates-per-epoch", 60
+    assert main("--dataset", data, *flags, "--run-dir", tmp_path / "run") is None
+    drawn, N = torch.cat(drawn), 285
+    assert drawn.shape == (200, 2, 64) and drawn[:60].unique().tolist() == list(range(N))
+    for s in range(2):
+        for t, index in ((100, drawn[60:140, s]), (200, drawn[140:, s])):
+            assert index[index >= N].unique().tolist() == list(range(N + 200 * s, N + 200 * s + t))
+            assert (index >= N).double().mean().item() == pytest.approx(t / (N + t), abs=0.03)
+        assert drawn[60:, s][drawn[60:, s] < N].unique().tolist() == list(range(N))
+    assert torch.equal(tables[-1][N:].view(2, 200, -1), load(tmp_path / "run")["replay"])
+    assert sorted(set(harness.read_evaluations(tmp_path / "run")["update"])) == [40, 60, 260]
+
+
 def test_seed_k_among_three_is_the_run_with_seed_k(logged_data, monkeypatch, tmp_path):
     """Through main(): the same first weights and draws, the same agents after 50 updates and after going online; to
     float tolerance, as batched products round differently."""

@@ -623,7 +623,7 @@ STAGE_FLAGS = "--num-updates", 110, "--bc-updates", 50, "--distil-epochs", 2, "-
 ONLINE_FLAGS = "--online-steps", 110, "--steps-per-epoch", 40, "--first-updates", 120, "--online-eval-every", 80
 ONLINE_FLAGS += "--online-policy-learning-rate", 0.001, "--anneal-steps", 100
 SMALL = "--hidden-sizes", 8, "--batch-size", 8, "--num-action-samples", 2, "--device", "cpu", "--eval-workers", 0
-SMALL += "--eval-every", 60, "--eval-episodes", 1, "--log-every", 50, "--policy-learning-rate", 0.001
+SMALL += "--eval-every", 55, "--eval-episodes", 1, "--log-every", 50, "--policy-learning-rate", 0.001
 MANY = "--num-agents", 3, "--num-seeds", 2, "--seed", 3
 
 
@@ -687,9 +687,10 @@ def scalars(folder, tag):
 
 
 def test_stages_in_the_curves(unbroken):
-    """Evaluations go on counting from updates to steps: at num_updates the distilled policy, then every other epoch of
-    40 steps and the last; the scalar `stage` tells them apart; distillation has an axis of its own."""
-    assert sorted(set(harness.read_evaluations(unbroken)["update"])) == [60, 110, 190, 230]
+    """Evaluations go on counting from updates to steps: at num_updates the distilled policy alone, then every other
+    epoch of 40 steps and the last; the scalar `stage` tells them apart; distillation has an axis of its own."""
+    updates = harness.read_evaluations(unbroken)["update"].tolist()
+    assert updates == [n for n in (55, 110, 190, 230) for _ in range(2)]
     checkpoint = load(unbroken)
     assert (checkpoint["stage"], checkpoint["t"], checkpoint["num_updates"]) == ("online", 120, 220)
     assert checkpoint["replay"].shape == (2, 120, 2 * 11 + 3 + 2) and not checkpoint["pending_evaluations"]
@@ -700,6 +701,70 @@ def test_stages_in_the_curves(unbroken):
     assert scalars(unbroken, "train/return_seed3") and scalars(unbroken, "train/return_seed4")
     fraction = dict(scalars(unbroken, "replay/online_fraction"))
     assert fraction == {150: 0.75, 190: 0.875, 230: 1.0}  # round(8 rho) of 8: rho = 0.7, 0.9 and 1
+
+
+def test_what_each_stage_draws(monkeypatch, tmp_path):
+    """Offline every logged row, other batches for every member, and actions that atanh can take; distillation all
+    states but every tenth, and these validate; online the counts of eq. (7), logged rows and the seed's own steps,
+    which are sampled from the policy, with other normal noise for each."""
+    run_stage, keep_best, sample = bred.run_stage, bred.keep_best, bred.MixtureActor.sample
+    drawn, tables, validation, acted = {}, {}, [], []
+
+    def drawing(update, agent, transitions, args, index, *noise):
+        drawn.setdefault(update.__name__, []).append(index)
+        tables[update.__name__] = transitions
+        return run_stage(update, agent, transitions, args, index, *noise)
+
+    def validating(agent, obs, args):
+        validation.append(obs)
+        return keep_best(agent, obs, args)
+
+    def sampling(actor, obs, noise):
+        acted.append((noise, sample(actor, obs, noise)))
+        return acted[-1][1]
+
+    monkeypatch.setattr(bred.MixtureActor, "sample", sampling)
+    monkeypatch.setattr(bred, "run_stage", drawing)
+    monkeypatch.setattr(bred, "keep_best", validating)
+    extreme = [(obs, np.sign(action), *rest) for obs, action, *rest in harness.hopper_episodes()]
+    data, N = harness.write_minari(tmp_path / "data", extreme), 285
+    flags = "--num-updates", 60, "--bc-updates", 30, "--distil-epochs", 1, "--updates-per-epoch", 80, "--num-agents", 2
+    flags += "--online-steps", 30, "--steps-per-epoch", 20, "--first-updates", 50, "--anneal-steps", 100
+    shared = *SMALL[:2], *SMALL[4:], "--batch-size", 64, "--eval-episodes", 0, "--num-seeds", 2
+    assert main("--dataset", data, *shared, *flags, "--run-dir", tmp_path / "run") is None
+    assert all(x.isfinite().all() for x in load(tmp_path / "run")["agent"].values())
+    offline, distil, online = (torch.cat(drawn[f"{name}_update"]) for name in ("cql", "distil", "finetune"))
+    assert offline.shape == (60, 4, 64) and distil.shape == (80, 2, 64) and online.shape == (130, 2, 64)
+    assert offline.unique().tolist() == list(range(N))
+    assert all(not torch.equal(offline[:, i], offline[:, j]) for i, j in itertools.combinations(range(4), 2))
+    table = tables["cql_update"]
+    torch.testing.assert_close(table[:, 11:14].abs(), torch.full((N, 3), 0.999))
+    assert distil.unique().tolist() == [row for row in range(N) if row % 10]
+    assert len(validation) == 1 and torch.equal(validation[0], table[::10, :11].expand(2, -1, -1))
+    for s in range(2):
+        for t, count, index in ((20, 38, online[:50, s]), (40, 45, online[50:, s])):  # 0.6 and 0.7 of 64
+            assert torch.all((index >= N).sum(-1) == count)
+            own = N + 40 * s  # 30 steps are rounded up to two epochs of 20
+            assert index[index >= N].unique().tolist() == list(range(own, own + t))
+        assert online[:, s][online[:, s] < N].unique().tolist() == list(range(N))
+    replay, (noise, actions) = load(tmp_path / "run")["replay"], (torch.cat(x, 1) for x in zip(*acted))
+    assert torch.equal(tables["finetune_update"][N:].view(2, 40, -1), replay)
+    assert torch.equal(replay[..., 11:14], actions) and noise.shape == (2, 40, 3) and len(noise.unique()) == 240
+    assert abs(noise.mean()) < 0.2 and noise.std().item() == pytest.approx(1, abs=0.15)
+
+
+def test_distillation_ends_when_no_seed_gets_better(unbroken, monkeypatch, tmp_path):
+    """With a patience of two epochs; the worse seed waits for the better one."""
+    stale = iter([[0, 1], [1, 2], [0, 3], [1, 4], [2, 5], [3, 6]])
+
+    def waiting(agent, obs, args):
+        agent.stale_epochs.copy_(torch.tensor(next(stale)))
+        return agent.best_loss
+
+    monkeypatch.setattr(bred, "keep_best", waiting)
+    flags = "--distil-epochs", 6, "--distil-patience", 2, "--updates-per-epoch", 5, "--online-steps", 0
+    small = "--eval-episodes", 0, "--device", "cpu", "--run-dir", tmp_path / "run"
+    assert main("--offline", unbroken, *flags, *small) is None and next(stale) == [3, 6]
 
 
 def test_members_of_a_run(data, unbroken, tmp_path):
@@ -714,11 +779,17 @@ def test_members_of_a_run(data, unbroken, tmp_path):
 
 
 def test_offline_from_a_run(data, unbroken, tmp_path, capsys):
-    """--offline: its flags are taken over, and the run ends like one of all stages, bit by bit. From then on nothing is
-    read from it. A part of its members serves the ablations."""
+    """--offline: its flags are taken over, and the run ends like one of all stages, bit by bit, also if it was first
+    told to make no online steps. From then on nothing is read from it. A part of its members serves the ablations."""
     shutil.copytree(unbroken, tmp_path / "members")
+    args = bred.Args(offline=str(tmp_path / "members"), num_agents=2, num_seeds=2, hidden_sizes=(8,))
+    first_two = bred.trained_members(11, 3, args, CPU).state_dict()
+    for name, x in load(unbroken, "offline.pt").items():
+        assert torch.equal(first_two[name], x[[0, 1, 3, 4]]), name
     flags = *SMALL[-8:], "--device", "cpu", "--eval-workers", 0, *STAGE_FLAGS[4:], *ONLINE_FLAGS
-    assert main("--offline", tmp_path / "members", *flags, "--run-dir", tmp_path / "run") is None
+    assert main("--offline", tmp_path / "members", *flags, "--online-steps", 0, "--run-dir", tmp_path / "run") is None
+    assert load(tmp_path / "run")["stage"] == "online" and load(tmp_path / "run")["t"] == 0
+    assert main("--resume", tmp_path / "run", "--online-steps", 110) is None
     both = (tmp_path / "run" / "evaluations.csv").read_text().splitlines()
     rows = (unbroken / "evaluations.csv").read_text().splitlines()
     assert both == [row for row in rows if row.startswith("u") or int(row.split(",")[0]) >= 110]
@@ -966,6 +1037,9 @@ def test_offline_runs_that_do_not_fit(refuses, unbroken, tmp_path):
     refuses("--offline", tmp_path / "damaged", words=["no readable offline.pt"])
     (altered("unfinished") / "offline.pt").unlink()
     refuses("--offline", tmp_path / "unfinished", words=["no trained members", "--resume"])
+    flags = json.loads((unbroken / "config.json").read_text())["args"]
+    (altered("second", args={**flags, "offline": "first"}) / "offline.pt").unlink()
+    refuses("--offline", tmp_path / "second", words=["second trained no members", "--offline first"])
 
 
 def test_other_errors(refuses, unbroken, data, tmp_path, capsys):

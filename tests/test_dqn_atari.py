@@ -80,6 +80,18 @@ def make_args(**flags):
     return dqn.Args(**{**small, **flags})
 
 
+def test_defaults():
+    """13.3: DQN (Nature) as it logged the dataset."""
+    args = vars(dqn.Args())
+    expected = {
+        "gamma": 0.99, "batch_size": 32, "optimizer": "rmsprop", "learning_rate": 2.5e-4, "optimizer_eps": 1e-5,
+        "optimizer_style": "tensorflow", "padding": "same", "channels": (32, 64, 64), "hidden_size": 512,
+        "replay_size": 1_000_000, "learning_starts": 20_000, "update_every": 4, "target_every": 2_000, "epsilon": 0.01,
+        "epsilon_steps": 250_000, "num_steps": 50_000_000, "num_envs": 1, "rows_per_file": 1_000_000,
+    }  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
+
+
 def make_batch(S=1, B=4, seed=0):
     """A batch as `update` wants it, a quarter of the transitions terminal."""
     rng = np.random.default_rng(seed)
@@ -596,9 +608,32 @@ def test_number_of_updates(run_main, monkeypatch, num_envs, starts, every, updat
     assert copied == list(range(3, updates + 1, 3))
 
 
+def test_what_is_drawn(run_main, monkeypatch, tmp_path):
+    """All environments and all steps that may be, the newest and the oldest too, alike and anew for every update."""
+    drawn, transitions = [], dqn.transitions
+    monkeypatch.setattr(dqn, "transitions", lambda *inputs: drawn.append(inputs[1:]) or transitions(*inputs))
+    flags = "--num-envs", 3, "--num-seeds", 2, "--learning-starts", 150, "--update-every", 3, "--replay-size", 60
+    run_main(*BLIND, *flags, "--num-steps", 240, "--batch-size", 64, "--run-dir", tmp_path / "run")
+    first_t, M = 51, 20
+    assert len(drawn) == 30 and len({step.numpy().tobytes() for step, _ in drawn}) == 30
+    for n, (step, e) in enumerate(drawn):
+        t = first_t + n
+        assert step.shape == e.shape == (2, 64) and t - M + 3 <= step.min() and step.max() <= t - 2
+    ages = torch.stack([first_t + n - 2 - step for n, (step, _) in enumerate(drawn)])
+    assert torch.bincount(ages.flatten(), minlength=M - 4).min() > 150  # of 240
+    counts = torch.bincount(torch.stack([e for _, e in drawn]).flatten())
+    assert len(counts) == 3 and counts.min() > 1100  # of 1280
+    assert not torch.equal(drawn[0][0][0], drawn[0][0][1])
+
+
 def test_exploration(run_main, monkeypatch, tmp_path):
     """All actions alike before learning starts, then the greedy one but for the last share of random ones."""
-    monkeypatch.setattr(dqn.NatureNetwork, "act", lambda self, frames: torch.full(frames.shape[:2], 2))
+
+    def act(self, frames):
+        assert self.weight0.requires_grad  # the network that learns, not its target
+        return torch.full(frames.shape[:2], 2)
+
+    monkeypatch.setattr(dqn.NatureNetwork, "act", act)
     flags = "--num-envs", 4, "--learning-starts", 400, "--epsilon-steps", 1, "--epsilon", 0.2, "--update-every", 10**6
     games = run_main(*BLIND, *flags, "--num-steps", 1600, "--run-dir", tmp_path / "run")
     for episodes in games.episodes:
@@ -695,12 +730,19 @@ def test_seeds_of_the_games(run_main, monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_envs, thinned", [(1, None), (3, 60)])
-def test_the_log_is_what_was_played(run_main, num_envs, thinned, tmp_path, capsys):
+@pytest.mark.parametrize("num_envs, thinned", [(1, None), (3, 60), (1, 1)])
+def test_the_log_is_what_was_played(run_main, monkeypatch, num_envs, thinned, tmp_path, capsys):
     """The first seed's finished episodes in the order of their ends, thinned evenly; random play and the best
     evaluation beside them."""
     flags = "--num-steps", 240, "--num-envs", num_envs, "--num-seeds", 2, "--eval-every", 100, "--eval-episodes", 3
     flags += ("--replay-transitions", thinned) if thinned else ()
+    epsilons, play = [], dqn.run_atari_episodes
+
+    def recorder(*inputs, **named):
+        epsilons.append(named.get("epsilon"))
+        return play(*inputs, **named)
+
+    monkeypatch.setattr(dqn, "run_atari_episodes", recorder)
     games = run_main(*SMALL, *flags, "--run-dir", tmp_path / "run", "--save-replay", tmp_path / "data")
     finished = []
     for e in range(num_envs):
@@ -711,6 +753,7 @@ def test_the_log_is_what_was_played(run_main, num_envs, thinned, tmp_path, capsy
     finished = [steps for *_, steps in sorted(finished, key=lambda episode: episode[:2])]
     share = min(1, (thinned or math.inf) / sum(map(len, finished)))
     kept = [x for i, x in enumerate(finished) if math.floor((i + 1) * share) > math.floor(i * share)]
+    kept = kept or finished[-1:]  # one episode at least
     rows = []
     for steps in kept:
         rows += [(0, 0, 0, 0)] * 3
@@ -727,6 +770,7 @@ def test_the_log_is_what_was_played(run_main, num_envs, thinned, tmp_path, capsy
     random_play = [sum(r for *_, r in episodes[0]) for episodes in FakeGames.made[-1].episodes]
     assert metadata["env_id"] == "ALE/Pong-v5" and metadata["dqn"] == pytest.approx(max(means))
     assert metadata["random"] == pytest.approx(np.mean(random_play)) and len(random_play) == 3
+    assert epsilons == [None] * 6 + [1.0]  # evaluations at 100, 200 and 240 of two seeds, then random play
     assert metadata["episodes"] == len(kept) and metadata["transitions"] == sum(map(len, kept))
     assert metadata["flags"]["num_seeds"] == 2 and metadata["flags"].get("num_envs", 1) == num_envs
     assert f"{len(kept):,} episodes, {sum(map(len, kept)):,} transitions" in capsys.readouterr().out
@@ -764,6 +808,7 @@ def refuses(run_main, capsys):
         (("--channels", 8, 8), ["--channels"]),
         (("--batch-size", 0), ["--batch-size"]),
         (("--epsilon", 1.5), ["--epsilon"]),
+        (("--seed", 10**20), ["--seed"]),
         (("--replay-size", 7), ["--replay-size"]),
         (("--replay-size", 16, "--num-envs", 3), ["--replay-size", "--num-envs"]),
         (("--rows-per-file", 4), ["--rows-per-file"]),

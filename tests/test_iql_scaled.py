@@ -310,6 +310,7 @@ class NumpyIQL:
 def in_double(agent, args):
     """The agent in float64, its learning rates not rounded to float32."""
     for optimizer in agent.double().optimizers.values():
+        assert optimizer.learning_rate.item() == pytest.approx(args.learning_rate)
         optimizer.learning_rate.fill_(args.learning_rate)
     return agent
 
@@ -416,6 +417,18 @@ def test_value_network():
     assert not [name for name in state_of(agent) if name.startswith("target") and "critic" not in name]
 
 
+def test_networks_have_the_widths_of_the_architecture(monkeypatch):
+    """Each network its own entry of Table 7, or --hidden-sizes."""
+    sizes = {"actor": (8,) * 4, "critic": (12,) * 3, "value": (20,) * 2}
+    monkeypatch.setitem(iql.ARCHITECTURES, "simple-large", sizes)
+    agent = make_agent(iql.Args(architecture="simple-large"))
+    for role, network in (("actor", agent.actor.net), ("critic", agent.critic), ("value", agent.value)):
+        assert tuple(weight.shape[-1] for weight, _ in layers_of(network)[:-1]) == sizes[role]
+    agent = make_agent(iql.Args(architecture="simple-large", hidden_sizes=(6, 7)))
+    for network in (agent.actor.net, agent.critic, agent.value):
+        assert [weight.shape[-1] for weight, _ in layers_of(network)[:-1]] == [6, 7]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Seeds
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,21 +524,24 @@ def test_the_learning_test_is_a_test():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_presets():
-    """What the paper does on its testbeds, unless a flag says otherwise."""
-    args = iql.Args()
-    assert (args.architecture, args.num_critics, args.pessimism, args.num_updates) == ("simple-small", 2, 0.5, 1e6)
-    assert (args.batch_size, args.expectile, args.max_advantage, args.advantage) == (512, 0.7, math.inf, "policy")
-    args = iql.Args(preset="antmaze", num_critics=10, expectile=0.7)
-    assert (args.architecture, args.num_critics, args.pessimism, args.beta) == ("modern", 10, 0.0, 0.1)
-    assert (args.expectile, args.max_advantage, args.num_updates) == (0.7, 1.0, 2e6)
-    assert iql.Args(preset="antmaze").expectile == 0.9
-    for preset, architecture, critics in (
-        ("mood", "simple-large", 5), ("locomotion", "modern", 5), ("locomotion-0.1", "modern", 10)
-    ):  # fmt: skip
+def test_presets_and_defaults():
+    """What the paper does on its testbeds (spec 7), unless a flag says otherwise."""
+    for preset, expected in {
+        "small": ("simple-small", 2, 0.5, 0.7, 0.5, math.inf, 1_000_000),
+        "mood": ("simple-large", 5, 0.5, 0.7, 0.5, math.inf, 1_500_000),
+        "antmaze": ("modern", 5, 0.0, 0.9, 0.1, 1.0, 2_000_000),
+        "locomotion": ("modern", 5, 0.5, 0.7, 0.5, math.inf, 2_000_000),
+        "locomotion-0.1": ("modern", 10, 0.5, 0.7, 1.5, math.inf, 2_000_000),
+    }.items():
         args = iql.Args(preset=preset)
-        assert (args.architecture, args.num_critics, args.pessimism) == (architecture, critics, 0.5)
+        ours = args.architecture, args.num_critics, args.pessimism, args.expectile, args.beta
+        assert (*ours, args.max_advantage, args.num_updates) == expected, preset
+    args = iql.Args(preset="antmaze", num_critics=10, expectile=0.7)
+    assert (args.num_critics, args.expectile, args.pessimism) == (10, 0.7, 0.0)
     assert iql.Args(pessimism=0.0).pessimism == 0 and iql.Args(max_advantage=2.0).max_advantage == 2
+    args = iql.Args()
+    assert (args.batch_size, args.learning_rate, args.gamma, args.polyak) == (512, 3e-4, 0.99, 0.005)
+    assert (args.policy_std, args.eval_samples, args.reward_transform, args.advantage) == (0.2, 50, "auto", "policy")
 
 
 @pytest.mark.parametrize(

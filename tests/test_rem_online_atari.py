@@ -24,6 +24,15 @@ def run_main(monkeypatch):
     return lambda *flags: play_main(monkeypatch, rem, *flags)
 
 
+def test_defaults():
+    """13.3: those of DQN, but for Adam with an epsilon of its own; four networks."""
+    ours, theirs = vars(rem.Args()), vars(dqn.Args())
+    assert (ours["learning_rate"], ours["optimizer_eps"], ours["num_networks"]) == (5e-5, 3.125e-5, 4)
+    assert ours["agent"] == "rem" and ours["optimizer_style"] == "tensorflow"
+    own = {"learning_rate", "optimizer_eps", "num_networks", "agent", "optimizer"}
+    assert {k: x for k, x in ours.items() if k not in own} == {k: x for k, x in theirs.items() if k not in own}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixtures
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,9 +152,12 @@ def test_networks_are_separate():
 @both_agents
 def test_an_episode_has_one_mixture(run_main, monkeypatch, agent, tmp_path):
     """Network k is made to want action k: an episode repeats one action, the next ones other actions."""
-    monkeypatch.setattr(
-        rem.NatureNetworks, "forward", lambda self, frames: torch.eye(A).expand(*frames.shape[:2], A, A)
-    )
+
+    def forward(self, frames):
+        assert self.weight0.requires_grad  # the networks that learn, not their targets
+        return torch.eye(A).expand(*frames.shape[:2], A, A)
+
+    monkeypatch.setattr(rem.NatureNetworks, "forward", forward)
     flags = "--learning-starts", 1, "--epsilon-steps", 1, "--epsilon", 0, "--update-every", 10**6, "--num-envs", 3
     games = run_main(*BLIND, *flags, "--agent", agent, "--num-steps", 900, "--run-dir", tmp_path / "run")
     for episodes in games.episodes:
@@ -153,6 +165,20 @@ def test_an_episode_has_one_mixture(run_main, monkeypatch, agent, tmp_path):
         assert {len(actions) for actions in chosen[:-1]} == {1}
         assert set.union(*chosen) == set(range(A))
     assert len({tuple(action for _, action, _ in sum(episodes[2:], []))[:60] for episodes in games.episodes}) == 3
+
+
+def test_every_update_has_its_own_mixture(run_main, monkeypatch, tmp_path):
+    """Through main(): each seed's, positive and of sum 1; targets are copied after every third update."""
+    mixtures, copied = [], []
+    update, synchronize = rem.update, rem.synchronize
+    monkeypatch.setattr(rem, "update", lambda *inputs: mixtures.append(inputs[2].clone()) or update(*inputs))
+    monkeypatch.setattr(rem, "synchronize", lambda agent: copied.append(len(mixtures)) or synchronize(agent))
+    flags = "--num-seeds", 2, "--num-steps", 60, "--learning-starts", 20, "--target-every", 3
+    run_main(*BLIND, *flags, "--run-dir", tmp_path / "run")
+    drawn = torch.stack(mixtures)
+    assert drawn.shape == (10, 2, 4, 1) and (drawn > 0).all() and copied == [3, 6, 9]
+    torch.testing.assert_close(drawn.sum(2), torch.ones(10, 2, 1))
+    assert len({alpha.numpy().tobytes() for alpha in drawn.flatten(0, 1)}) == 20
 
 
 def test_seed_k_among_two_is_the_run_with_seed_k(run_main, tmp_path):

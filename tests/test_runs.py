@@ -286,6 +286,18 @@ def test_extend_a_finished_run(runs, tmp_path):
     assert [s.step for s in events.Scalars("evaluation/return")] == [50, 100, 130, 150, 200, 250, 260]
 
 
+def test_evaluating_a_resumed_run_leaves_it_to_go_on(runs, tmp_path):
+    """--resume and --evaluate belong to the call: the one that wrote config.json last does not decide for the next."""
+    run_dir, config = tmp_path / "run", tmp_path / "run" / "config.json"
+    shutil.copytree(runs[0][0], run_dir)
+    finish("--resume", run_dir)
+    before = config.read_text()
+    finish("--evaluate", run_dir, "--eval-episodes", 1)
+    assert config.read_text() == before
+    finish("--resume", run_dir, "--num-updates", 140)
+    assert weights(run_dir)["/num_updates"] == 140 and json.loads(config.read_text())["args"]["eval_episodes"] == 2
+
+
 def test_resume_forgets_a_row_that_was_cut_off(tmp_path):
     """A kill in the middle of a write can leave `1` of a row that began with update 150: it is no row of update 1."""
     iql = harness.load("iql_red")

@@ -398,6 +398,7 @@ class NumpyTD3BC:
 def in_double(agent, args):
     """The agent in float64, its learning rates not rounded to float32."""
     for optimizer in agent.double().optimizers.values():
+        assert optimizer.learning_rate.item() == pytest.approx(args.learning_rate)
         optimizer.learning_rate.fill_(args.learning_rate)
     return agent
 
@@ -551,19 +552,22 @@ def test_the_learning_test_is_a_test():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_presets():
-    """What the paper does on its testbeds, unless a flag says otherwise."""
-    args = td3.Args()
-    assert (args.architecture, args.num_critics, args.pessimism, args.num_updates) == ("simple-small", 2, 0.5, 1e6)
-    assert (args.batch_size, args.bc_coef, args.policy_std, args.noise_clip) == (512, 1.0, 0.2, 0.3)
-    args = td3.Args(preset="antmaze", num_critics=10)
-    assert (args.architecture, args.num_critics, args.pessimism, args.num_updates) == ("modern", 10, 0.0, 2e6)
-    for preset, architecture, critics in (
-        ("mood", "simple-large", 5), ("locomotion", "modern", 5), ("locomotion-0.1", "modern", 10)
-    ):  # fmt: skip
+def test_presets_and_defaults():
+    """What the paper does on its testbeds (spec 7), unless a flag says otherwise."""
+    for preset, expected in {
+        "small": ("simple-small", 2, 0.5, 1_000_000),
+        "mood": ("simple-large", 5, 0.5, 1_500_000),
+        "antmaze": ("modern", 5, 0.0, 2_000_000),
+        "locomotion": ("modern", 5, 0.5, 2_000_000),
+        "locomotion-0.1": ("modern", 10, 0.5, 2_000_000),
+    }.items():
         args = td3.Args(preset=preset)
-        assert (args.architecture, args.num_critics, args.pessimism) == (architecture, critics, 0.5)
-    assert td3.Args(pessimism=0.0).pessimism == 0
+        assert (args.architecture, args.num_critics, args.pessimism, args.num_updates) == expected, preset
+    assert td3.Args(preset="antmaze", num_critics=10).num_critics == 10 and td3.Args(pessimism=0.0).pessimism == 0
+    args = td3.Args()
+    assert (args.batch_size, args.learning_rate, args.gamma, args.polyak) == (512, 3e-4, 0.99, 0.005)
+    assert (args.policy_std, args.noise_clip, args.bc_coef, args.eval_samples) == (0.2, 0.3, 1.0, 50)
+    assert args.reward_transform == "auto"
 
 
 @pytest.mark.parametrize(
