@@ -776,9 +776,6 @@ def parse_args():
     for name, value in asdict(args).items():
         if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
             fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
-    if args.resume:
-        config["args"] = asdict(args)
-        write_atomically(Path(run_dir) / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
     return args
 
 
@@ -1011,24 +1008,28 @@ def evaluate_atari_run(args, agent_class):
         )
 
 
-def create_run_dir(args, name, environment):
-    """A new run folder with config.json: all flags, versions, git commit, command line, evaluation environment."""
-    seeds = f"{args.seed}" if args.num_seeds == 1 else f"{args.seed}-{args.seed + args.num_seeds - 1}"
-    run_dir = Path(args.run_dir or f"runs/{SCRIPT}/{name}/{seeds}-{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as e:
-        fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-    config = {
-        "script": SCRIPT,
-        "args": asdict(args),
-        "environment": environment,
-        "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
-        "git_commit": commit or None,
-        "command": shlex.join([sys.executable, *sys.argv]),
-    }
+def open_run_dir(args, name, environment):
+    """The run folder, new or --resume's; config.json: all flags, versions, git commit, command line, environment."""
+    if args.resume:
+        run_dir = Path(args.resume)
+        config = json.loads((run_dir / "config.json").read_text()) | {"args": asdict(args)}
+    else:
+        seeds = f"{args.seed}" if args.num_seeds == 1 else f"{args.seed}-{args.seed + args.num_seeds - 1}"
+        run_dir = Path(args.run_dir or f"runs/{SCRIPT}/{name}/{seeds}-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as e:
+            fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
+        config = {
+            "script": SCRIPT,
+            "args": asdict(args),
+            "environment": environment,
+            "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
+            "git_commit": commit or None,
+            "command": shlex.join([sys.executable, *sys.argv]),
+        }
     write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
     return run_dir
 
@@ -1152,7 +1153,7 @@ def main():
     fetch()
     name = "+".join(args.dataset).replace("/", "-").replace(":", "-").strip("-.")
     stop = on_stop_signal()  # from here on, a stop saves first
-    run_dir = Path(args.resume) if args.resume else create_run_dir(args, name, environment)
+    run_dir = open_run_dir(args, name, environment)
     writer = SummaryWriter(run_dir, purge_step=num_updates + 1)
     evaluator = AtariEvaluator(args, environment, run_dir, writer)
     report_replay(files, replay, args, writer)

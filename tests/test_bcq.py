@@ -834,7 +834,7 @@ def test_other_errors(refuses, unbroken, data, tmp_path, capsys):
         assert main("--resume", unbroken, flag, value) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and flag in line and str(unbroken) in line
-        (unbroken / "config.json").write_text(config)
+        assert (unbroken / "config.json").read_text() == config
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_same_name_same_text():
 
 def test_the_comparison_sees_the_plumbing():
     """The scripts do share what CONVENTIONS.md calls the same in every script: the test above compares something."""
-    everywhere = "SCRIPT fail parse_args check_range choose_device normalized_score create_run_dir"
+    everywhere = "SCRIPT fail parse_args check_range choose_device normalized_score open_run_dir"
     everywhere += " write_atomically load_checkpoint on_stop_signal"
     on_mujoco = "MLP Adam D4RL_REFERENCES ENV_PACKAGES make_env policy_of_seed run_episodes Evaluator evaluate_run"
     on_mujoco += " print_result"
@@ -253,7 +253,7 @@ def test_order_of_sections(script):
         ("make_env", "Plumbing"),
         ("load_dataset", "Plumbing"),
         ("Evaluator", "Plumbing"),
-        ("create_run_dir", "Plumbing"),
+        ("open_run_dir", "Plumbing"),
         ("main", "Training"),
     ):
         assert name not in nodes or section(nodes[name]) == expected, name
