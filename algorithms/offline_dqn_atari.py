@@ -728,6 +728,7 @@ ATARI_REFERENCES = {
     "ALE/Boxing-v5": (0.1, 12.1),
     "ALE/Breakout-v5": (1.7, 30.5),
     "ALE/Freeway-v5": (0.0, 29.6),
+    "ALE/MsPacman-v5": (307.3, 6951.6),
     "ALE/Pong-v5": (-20.7, 14.6),
     "ALE/Qbert-v5": (163.9, 13455.0),
     "ALE/Seaquest-v5": (68.4, 42054.7),
