@@ -937,6 +937,7 @@ SCALES = {
     "middle": ("--architecture", "modern", "--hidden-sizes", "128", "128", "128", "--num-critics", "2"),
     "5 critics": ("--architecture", "simple-small", "--hidden-sizes", "64", "64", "--num-critics", "5"),
 }
+LARGE_BETA = ("--beta", "20")  # the largest that the paper tries; its middle 0.5 is small beside Hopper's returns
 UNBALANCED = "hopper/random-v0 + hopper/expert-v0"
 
 
@@ -944,10 +945,10 @@ def scaled_cells(grid, script, datasets, scales):
     """A script of the paper on scale with several networks; each run evaluates the mean action and the best of 50."""
     cells = []
     for dataset in datasets:
-        preset = ("--preset", "antmaze") if "maze" in dataset else ()
+        preset = ("--preset", "antmaze") if "maze" in dataset else () if script == "td3_bc_scaled" else LARGE_BETA
         for scale in scales:
             flags = (*preset, *SCALES[scale], "--batch-size", "256", *FAST, "--eval-episodes", "5")
-            cell = Cell(grid, script, dataset, scale, flags, 3, 16_000)
+            cell = Cell(grid, script, dataset, scale, flags, 3, 8_000)
             cells += [cell, cell.evaluated("_m50")]
     return cells
 
@@ -995,8 +996,14 @@ GRIDS = {
         1_250_000,
     ),
     "scaled": [  # the most telling first
-        *scaled_cells("scaled", "asac", (UNBALANCED, DATASETS[0], DATASETS[3]), ("small", "middle")),
-        *scaled_cells("scaled", "asac", (DATASETS[0], UNBALANCED), ("5 critics",)),
+        *scaled_cells("scaled", "asac", DATASETS[:1], ("small", "5 critics", "middle")),
+        *scaled_cells("scaled", "asac", (UNBALANCED,), ("small", "5 critics", "middle")),
+        *scaled_cells("scaled", "asac", DATASETS[3:], ("small", "middle")),
+    ],
+    "scaled_beta": [
+        replace(cell, variant=variant, flags=("--beta", beta, *cell.flags[2:]))
+        for variant, beta in (("beta 0.5", "0.5"), ("beta 5", "5"), ("beta 20", "20"))
+        for cell in scaled_cells("scaled_beta", "asac", DATASETS[:1], ("small",))[:1]
     ],
     "scaled_awac": scaled_cells("scaled_awac", "awac", DATASETS[:1], ("small", "middle")),
     "scaled_td3_bc": scaled_cells("scaled_td3_bc", "td3_bc_scaled", DATASETS[:1], ("small", "middle")),
@@ -1032,12 +1039,15 @@ GRIDS = {
 
 SCALED = "networks 2x64 (small) and modern ones of a residual block, 3x128 (middle; the paper: 2x256, and an actor of "
 SCALED += "5x1024), 2 critics where nothing is said; M=50: the best of 50 actions instead of the mean, from the same "
-SCALED += "checkpoints. Batch 256, target critics four times as fast, evaluations of 5 episodes."
+SCALED += (
+    "checkpoints. Batch 256, target critics four times as fast, evaluations of 5 episodes; beta 20 but for the maze."
+)
 TITLES = {
     "atari": "Offline agents on the embedded log, convolutions 16-32-32, 3 episodes an evaluation (REM's Table 1).",
     "atari_large_steps": "The same with a step size of 1e-3 instead of 2.5e-4.",
     "atari_paper": "The same with the paper's networks and flags, a tenth of its updates; for a GPU.",
     "scaled": f"ASAC; {SCALED}",
+    "scaled_beta": "The small networks with three temperatures of the advantages.",
     "scaled_awac": "AWAC in the same setting.",
     "scaled_td3_bc": "TD3+BC in the same setting.",
     "scaled_iql": "IQL with AWAC's actor in the same setting.",
