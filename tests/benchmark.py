@@ -826,6 +826,7 @@ SMALL = ("--hidden-sizes", "128", "128")  # a quarter of the arithmetic, for gri
 
 MEDIUM = ("--hidden-sizes", "256", "256")  # a fifteenth of the arithmetic of 2x1024
 TINY = ("--hidden-sizes", "64", "64")
+SMALL_CORL = ("--preset", "corl", "--policy-learning-rate", "1e-4", *SMALL)  # its 3e-5 is for a million updates
 FAST = ("--polyak", "0.02")  # V learns its level in a quarter of the updates, see benchmarks.md
 # PointMaze: IQL with its AntMaze settings, CRR with its beta for 0/1 rewards; ReD with the p_base of its paper's mazes
 MAZE_FLAGS = {"iql_red": ("--expectile", "0.9", "--beta", "10"), "crr_red": ("--beta", "1")}
@@ -1023,7 +1024,8 @@ GRIDS = {
         for variant, flags in (("beta 1", ("--beta", "1")), ("beta 10", ()), ("beta 1, soft targets", SOFT))
         for cell in sampler_cells("crr_beta", "crr_red", DATASETS[1], ALL[:1], 3, 10_000, SMALL)
     ],
-    "cql": [c for d in DATASETS for c in sampler_cells("cql", "cql_red", d, ALL, 3, 15_000, TINY)],
+    "cql": [c for d in DATASETS for c in sampler_cells("cql", "cql_red", d, ALL, 3, 5_000, SMALL_CORL)],
+    "cql_narrow": sampler_cells("cql_narrow", "cql_red", DATASETS[1], ALL[:2], 3, 15_000, TINY),
     "dered": [c for d in DATASETS for c in dered_cells("dered", d, 3, 40_000, SMALL)],
     "bred": [c for d in BRED_DATASETS for c in online_cells("bred", d, 2, 3, 20_000, 20_000, ON_CPU)],
     # the protocols of the papers, for a GPU
@@ -1062,7 +1064,8 @@ TITLES = {
     "td3_bc": "TD3+BC, networks 2x128 (the ReD paper's Table 1).",
     "crr": "CRR, networks 2x128 (Table 1).",
     "crr_beta": "CRR with uniform sampling and two values of beta; soft targets: polyak 0.005 every update, 2 critics.",
-    "cql": "CQL, networks 2x64, which is what a CPU can afford (Tables 1 and 4).",
+    "cql": "CQL, the preset corl with networks 2x128 and a policy step size of 1e-4 (Tables 1 and 4).",
+    "cql_narrow": "CQL, the preset jaxcql (observations as they are) with networks 2x64.",
     "dered": "DeReD on IQL, networks 2x128 (Tables 2 and 5): stage 1 is uniform, stage 2 adds half as many updates.",
     "bred": "BRED's Figure 3 on a CPU: networks 2x64, N = 2, 20,000 offline updates, 20,000 online steps.",
     "bred_paper": "BRED's Figure 3: networks 2x256, N = 5, 1M offline updates, 250,000 online steps; for a GPU.",
