@@ -39,6 +39,7 @@ What differs from the papers and their code, and why.
       alone or among others.
     - evaluations.csv counts updates offline, and goes on counting with the steps of the environment.
 
+Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:      python algorithms/bcq.py --dataset hopper/replay-v0
 BCQ-ft:   python algorithms/bcq.py --dataset hopper/replay-v0 --online-steps 250000
           python algorithms/bcq.py --resume runs/bcq/RUN --online-steps 250000

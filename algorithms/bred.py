@@ -56,6 +56,7 @@ What differs from the papers and their code, and why.
     - evaluations.csv counts updates offline, and goes on counting with the steps of the environment. The row at
       num_updates is the distilled policy, before any online step; the rows before it are the members' mixture.
 
+Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:      python algorithms/bred.py --dataset hopper/replay-v0
 CQL-ft:   python algorithms/bred.py --num-agents 1 --replay uniform --first-updates 1000
 Ablation: python algorithms/bred.py --offline runs/bred/RUN --replay online-only

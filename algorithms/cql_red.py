@@ -41,6 +41,7 @@ What differs from the papers and their code, and why.
     - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
     - Weights and draws come from one random generator per seed, so that a seed gives the same run alone or with others.
 
+Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:      python algorithms/cql_red.py --dataset hopper/replay-v0 --sampler red
 Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
 """

@@ -40,6 +40,7 @@ What differs from the papers and their code, and why.
     - exp is capped by clamping its exponent at ln 20: the same weight, no overflow.
     - Weights and draws come from one random generator per seed, so that a seed gives the same run alone or with others.
 
+Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:      python algorithms/crr_red.py --dataset hopper/replay-v0 --sampler red
 Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
 """

@@ -39,6 +39,7 @@ What differs from the papers and their code, and why.
       (dropout aside, whose masks come from the global generator). Stage 1 is `iql_red.py --sampler uniform`, bit by
       bit; `--stage1` starts from such a run, and ends where one run of both stages ends.
 
+Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:      python algorithms/dered_iql.py --dataset hopper/replay-v0
 or:       python algorithms/iql_red.py --dataset hopper/replay-v0 --sampler uniform --run-dir runs/stage1
           python algorithms/dered_iql.py --stage1 runs/stage1

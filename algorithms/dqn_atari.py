@@ -37,6 +37,7 @@ What differs from the papers and their code, and why.
       tenth episode, since seeding takes the time of many steps.
     - A checkpoint holds the replay memory, as Dopamine's does: 7 GB per seed when a million steps are in it.
 
+Reading:   the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:       python algorithms/dqn_atari.py --env-id ALE/Pong-v5 --num-steps 2000000
 A dataset: python algorithms/dqn_atari.py --env-id ALE/Pong-v5 --num-steps 2000000 --save-replay my-data/pong
 Expected:  benchmarks.md has the curve of the run that made tests/data/atari.

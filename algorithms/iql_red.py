@@ -27,6 +27,7 @@ What differs from the papers and their code, and why.
     - Weights and draws come from one random generator per seed, so that a seed gives the same run alone or among others
       (dropout aside, whose masks come from the global generator).
 
+Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:      python algorithms/iql_red.py --dataset hopper/replay-v0 --sampler red
 Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
 """

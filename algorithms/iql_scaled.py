@@ -37,6 +37,7 @@ What differs from the papers and their code, and why.
     - Weights, draws and noise come from one random generator per seed, so that a seed gives the same run alone or
       among others.
 
+Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:      python algorithms/iql_scaled.py --dataset hopper/replay-v0
 Scaled:   python algorithms/iql_scaled.py --dataset hopper/replay-v0 --preset locomotion
 Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.

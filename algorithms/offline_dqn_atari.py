@@ -33,6 +33,7 @@ What differs from the papers and their code, and why.
       where the log names both (replay.json, which dqn_atari.py writes); elsewhere 100 is a human tester.
     - An episode that was cut after 27,000 steps is marked as terminal in the log, and cannot be told from a true end.
 
+Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:      python algorithms/offline_dqn_atari.py --dataset atari/mspacman
 Expected: benchmarks.md has what was measured; the run prints the average return of the logged episodes first.
 """

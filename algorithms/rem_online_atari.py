@@ -25,6 +25,7 @@ What differs from the papers and their code, and why.
     - Environment, replay memory, files and schedules are those of dqn_atari.py, which says what is different in them:
       `diff` the two.
 
+Reading:   the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:       python algorithms/rem_online_atari.py --env-id ALE/Pong-v5 --num-steps 2000000
 Baseline:  python algorithms/rem_online_atari.py --env-id ALE/Pong-v5 --num-steps 2000000 --agent bootstrapped
 Expected:  benchmarks.md has what was measured.

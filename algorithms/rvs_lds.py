@@ -38,6 +38,7 @@ What differs from the papers and their code, and why.
     - Weights, draws and dropout masks come from one random generator per seed, so that a seed gives the same run alone
       or among others.
 
+Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:      python algorithms/rvs_lds.py --dataset halfcheetah/replay-v0 --weighting lds
 Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
 """

@@ -23,6 +23,7 @@ What differs from the paper and its code, and why.
     - Actions live in [-1, 1]; environments with other bounds are rescaled by gymnasium's own wrapper.
     - `--num-seeds 4` trains four agents at once, each with environments, replay and random numbers of its own.
 
+Reading:   the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
 Run:       python algorithms/sac.py --env-id Hopper-v5 --num-steps 500000
 A dataset: python algorithms/sac.py --env-id Hopper-v5 --num-steps 500000 --save-replay my_data/replay-v0
 Expected:  benchmarks.md has the curves of the runs that made tests/data.
