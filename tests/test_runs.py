@@ -295,6 +295,9 @@ def test_evaluating_a_resumed_run_leaves_it_to_go_on(runs, tmp_path):
     before = config.read_text()
     finish("--evaluate", run_dir, "--eval-episodes", 1)
     assert config.read_text() == before
+    poisoned = json.loads(before)
+    poisoned["args"]["evaluate"] = str(run_dir)  # as earlier versions of these scripts left it
+    config.write_text(json.dumps(poisoned))
     finish("--resume", run_dir, "--num-updates", 140)
     assert weights(run_dir)["/num_updates"] == 140 and json.loads(config.read_text())["args"]["eval_episodes"] == 2
 
