@@ -954,11 +954,11 @@ def scaled_cells(grid, script, datasets, scales):
     return cells
 
 
-def small_atari(learning_rate):
+def small_atari(learning_rate, optimizer_eps="1.5e-4"):
     """Flags for a CPU: a seventh of the arithmetic, and targets for thousands of updates in place of millions."""
     return (
         *("--channels", "16", "32", "32", "--hidden-size", "256", "--padding", "valid", "--gamma", "0.97"),
-        *("--learning-rate", learning_rate, "--optimizer-eps", "1.5e-4", "--target-every", "250"),
+        *("--learning-rate", learning_rate, "--optimizer-eps", optimizer_eps, "--target-every", "250"),
         *("--eval-episodes", "3"),
     )
 
@@ -983,6 +983,12 @@ def atari_cells(grid, variants, num_seeds, num_updates, extra=()):
 GRIDS = {
     "atari": atari_cells("atari", ATARI_VARIANTS, 3, 6_000, small_atari("2.5e-4")),  # the step size of the log's DQN
     "atari_large_steps": atari_cells("atari_large_steps", ATARI_VARIANTS, 3, 10_000, small_atari("1e-3"))[:2],
+    "atari_small_eps": [
+        cell
+        for eps, step_size, variants in (("1e-6", "2.5e-4", ("REM", "Ensemble-DQN")), ("1.5e-4", "5e-5", ("QR-DQN",)))
+        for cell in atari_cells("atari_small_eps", ATARI_VARIANTS, 3, 6_000, small_atari(step_size, eps))
+        if cell.variant in variants
+    ],
     "atari_paper": atari_cells(
         "atari_paper",
         ATARI_VARIANTS
@@ -1047,6 +1053,8 @@ SCALED += (
 TITLES = {
     "atari": "Offline agents on the embedded log, convolutions 16-32-32, 3 episodes an evaluation (REM's Table 1).",
     "atari_large_steps": "The same with a step size of 1e-3 instead of 2.5e-4.",
+    "atari_small_eps": "The 200 heads of REM and Ensemble-DQN with Adam's eps at 1e-6, below their gradients, not at 1.5e-4, "
+    "above them; QR-DQN with its paper's step size of 5e-5.",
     "atari_paper": "The same with the paper's networks and flags, a tenth of its updates; for a GPU.",
     "scaled": f"ASAC; {SCALED}",
     "scaled_beta": "The small networks with three temperatures of the advantages.",
