@@ -1053,8 +1053,8 @@ SCALED += (
 TITLES = {
     "atari": "Offline agents on the embedded log, convolutions 16-32-32, 3 episodes an evaluation (REM's Table 1).",
     "atari_large_steps": "The same with a step size of 1e-3 instead of 2.5e-4.",
-    "atari_small_eps": "The 200 heads of REM and Ensemble-DQN with Adam's eps at 1e-6, below their gradients, not at 1.5e-4, "
-    "above them; QR-DQN with its paper's step size of 5e-5.",
+    "atari_small_eps": "REM and Ensemble-DQN with Adam's eps at 1e-6, below the gradients of 200 heads, and not at "
+    "1.5e-4, above them; QR-DQN with its paper's step size of 5e-5.",
     "atari_paper": "The same with the paper's networks and flags, a tenth of its updates; for a GPU.",
     "scaled": f"ASAC; {SCALED}",
     "scaled_beta": "The small networks with three temperatures of the advantages.",
