@@ -84,7 +84,7 @@ from torch.utils.tensorboard import SummaryWriter
 class Args:
     dataset: tuple[str, ...] = ("atari/mspacman",)
     """folders with files of the DQN Replay Dataset ($store$_..._ckpt.N.gz), their parents, or Minari ids or folders of
-    Atari data; several are put together"""
+    Atari data; several are put together; `ID:0.1` takes a tenth of the episodes"""
     env_id: str | None = None
     """evaluation environment; default: the dataset's own (DQN Replay Dataset: the name of the game in its path)"""
     files: tuple[int, ...] | None = None
@@ -479,33 +479,45 @@ def replay_environment(folder):
     return {"id": env_id, "kwargs": kwargs, "references": references or ATARI_REFERENCES.get(env_id)}
 
 
+def keep_random_episodes(files, share, seed):
+    """Leaves this share of the episodes of some files, one at least, in their valid rows."""
+    episodes = [(file, i, j) for file in files for i, j in pairwise(file.starts) if file.valid[i:j].any()]
+    order = np.random.default_rng(seed).permutation(len(episodes))
+    for dropped in order[max(1, round(share * len(order))) :]:
+        file, i, j = episodes[dropped]
+        file.valid[i:j] = False
+
+
 def load_replay(args):
     """All values of --dataset as a list of ReplayFile, reduced as asked for, and the environment of the first."""
     files, environments = [], []
     for name in args.dataset:
-        folder = find_replay(name)
+        base, _, fraction = name.rpartition(":")
+        if not fraction.replace(".", "", 1).isdigit():
+            base, fraction = name, "1"
+        if not 0 < float(fraction) <= 1:
+            fail(f"fraction {fraction} of dataset {base} is out of range", "give a number in (0, 1]")
+        folder = find_replay(base)
         try:
             environments.append(replay_environment(folder))
             if (folder / "main_data.hdf5").exists():
+                if args.files:
+                    fail(f"{base} is Minari data, which has no numbered files", "leave out --files")
                 log = [minari_replay_file(folder)]
             else:
                 numbers = {int(path.name.split(".")[-2]) for path in folder.glob("$store$_*_ckpt.*.gz")}
                 if missing := set(args.files or ()) - numbers:
-                    fail(f"{name} has no files number {sorted(missing)}", f"choose from {sorted(numbers)}")
+                    fail(f"{base} has no files number {sorted(missing)}", f"choose from {sorted(numbers)}")
                 log = [replay_file(folder, number) for number in sorted(args.files or numbers)]
         except (OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, zlib.error) as e:
-            fail(f"dataset {name} is broken ({type(e).__name__}: {e})", "download or write it again")
+            fail(f"dataset {base} is broken ({type(e).__name__}: {e})", "download or write it again")
         left = math.ceil(args.first_fraction * sum(len(file.valid) for file in log))
         for file in log:
             file.valid[max(left, 0) :] = False
             left -= len(file.valid)
+        keep_random_episodes(log, float(fraction), args.seed)
         files += log
-    if args.subsample < 1:
-        episodes = [(file, i, j) for file in files for i, j in pairwise(file.starts) if file.valid[i:j].any()]
-        order = np.random.default_rng(args.seed).permutation(len(episodes))
-        for dropped in order[max(1, round(args.subsample * len(order))) :]:
-            file, i, j = episodes[dropped]
-            file.valid[i:j] = False
+    keep_random_episodes(files, args.subsample, args.seed)
     if not any(file.valid.any() for file in files):
         fail("the data holds no transition", "check --dataset, --files, --first-fraction and --subsample")
     games = {environment["id"] for environment in environments if environment["id"]}

@@ -294,6 +294,22 @@ def test_subsample(log):
         assert len(drawn(replay_of(log.folder, subsample=1e-6, seed=seed)[0])) > 0
 
 
+def test_a_fraction_of_one_of_several_logs(log, tmp_path, capsys):
+    """`ID:0.4` keeps that share of this log's episodes, those that --subsample would keep, and all of the other."""
+    files = dqn.load_replay(dqn.Args(dataset=(f"{log.folder}:0.4", str(log.folder.parent)), seed=3))[0]
+    reduced = dqn.load_replay(dqn.Args(dataset=(str(log.folder),), subsample=0.4, seed=3))[0]
+    whole = dqn.load_replay(dqn.Args(dataset=(str(log.folder),)))[0]
+    assert len(files) == 14
+    for ours, theirs in zip(files, reduced + whole):
+        np.testing.assert_array_equal(ours.valid, theirs.valid)
+    assert sum(file.valid.sum() for file in reduced) < sum(file.valid.sum() for file in whole)
+    for fraction in ("0", "1.5"):
+        with pytest.raises(SystemExit) as ended:
+            replay_of(f"{log.folder}:{fraction}")
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.count("\n") == 1 and f"error: fraction {fraction} of" in error
+
+
 def test_several_folders_are_put_together(log):
     replay, files, _ = replay_of(log.folder, log.folder.parent)  # the same data, by two of its names
     replay.use(0, prefetch=False)
@@ -502,6 +518,13 @@ def test_report(tmp_path, capsys):
     assert f"average episode, rewards clipped: {np.mean(returns):.1f}, of the best: {max(returns):.1f}" in text
     text, logged = report_of(capsys, write_minari(tmp_path / "m"))
     assert logged == returns[:3] and text.startswith("78 transitions in 3 episodes of 1 file(s); ")
+
+
+def test_minari_data_has_no_numbered_files(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        replay_of(write_minari(tmp_path / "m"), files=(0,))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and "no numbered files" in error
 
 
 def test_minari_data_with_the_full_set_of_actions(tmp_path):
