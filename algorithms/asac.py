@@ -13,14 +13,16 @@ and --eval-samples.
 
 Objectives (S seeds, C critics, B batch, O observation, A action, N transitions; a~ is drawn from pi(.|s)):
     ensemble  Q_bar = mean over i of Q_i - pessimism / (C^2 - C) sum over i, j of |Q_i - Q_j|                  section 4
-    critic    a' = clip(pi(s') + clip(std * normal noise, -noise_clip, noise_clip), -1, 1)
+    critic    a' = clip(mean of pi(.|s') + clip(std * normal noise, -noise_clip, noise_clip), -1, 1)
               L_Q = 1/2 sum over C of mean (r + gamma (1 - terminated) Q_bar_target(s', a') - Q(s, a))^2             (1)
     advantage A(s, a) = mean over i of Q_i(s, a) - Q_bar(s, a~)                                                      (3)
     sampler   P(i) = exp(A(s_i, a_i) / beta) / sum_k exp(A(s_k, a_k) / beta)                                         (6)
     actor     L_pi = -mean log pi(a|s) over a batch drawn from P                                                     (7)
     targets   Q_target <- (1 - polyak) Q_target + polyak Q
 Each update: a uniform batch and one from the tree; critics on the first, actor on the second, targets; then the new
-advantages of both batches go into the tree (Algorithm 2, with critics before the actor as in the authors' code).
+advantages of both batches go into the tree (Algorithm 2, with critics before the actor as in the authors' code). A leaf
+is 0 at first and keeps its last advantage until its transition is drawn again, by either batch: P lags behind the
+critics (the paper's footnote 3).
 
 What differs from the paper and its code, and why.
     - Algorithm 3 as printed sets a node to m + log1p(e^(a-m) + e^(b-m)), m = max(a, b), which counts the larger child
@@ -30,20 +32,23 @@ What differs from the paper and its code, and why.
       takes a fresh uniform number at each level instead of Algorithm 4's subtraction in log space.
     - If a transition is drawn more than once in an update, the last of its advantages counts.
     - The advantage subtracts the pessimistic Q_bar at the policy's action from the plain mean at the logged one, as the
-      authors' code does; eq. (3) has Q_1 in both places. (6) has no A_max: the paper's Figure 7 lists one for AntMaze
-      among the common settings, and --max-advantage 1 sets it.
+      authors' code does; eq. (3) has Q_1 in both places. (6) has no A_max, and no preset sets one; the paper's Figure 7
+      lists 1 for AntMaze among the common settings, which is --max-advantage 1.
+    - From the authors' code, as the paper does not say: the policy's constant deviation, the bound of its noise, the
+      factor 1/2 in (1), and Q_bar instead of Q in the targets of Algorithm 1.
     - log pi sums over action dimensions; the authors' code averages. Adam does not notice the factor.
     - Spectral norms are updated once per gradient step; in the authors' code at every forward pass in training mode.
       Targets take over the vectors of power iteration, and evaluation leaves them alone.
     - The paper searched grids (Table 8) and reports the best cell of each task. A preset sets beta to a middle value.
     - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
-    - Weights, draws and noise come from one random generator per seed, so that a seed gives the same run alone or
+    - Weights, draws and noise come from generators of each seed's own, so that a seed gives the same run alone or
       among others.
 
-Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/asac.py --dataset hopper/replay-v0
 Scaled:   python algorithms/asac.py --dataset hopper/replay-v0 --preset locomotion
-Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
+Expected: 20 ± 1 with the flags of benchmarks.md's grid scaled, networks of 2x64 and 8,000 updates; the data's
+          average episode: 12. The paper's million updates: not run yet.
 """
 
 import contextlib
@@ -120,7 +125,7 @@ class Args:
     """temperature of the advantages, in units of return; the paper tries 0.1 to 3 (MOOD, locomotion), 0.1 to 20
     (locomotion-0.1) and 0.03 to 0.5 (AntMaze)"""
     max_advantage: float = math.inf
-    """A_max: bound of the advantages in the tree"""
+    """A_max: bound of the advantages in the tree; no preset sets it"""
     policy_std: float = 0.2
     """standard deviation of the policy in every action dimension (actions are in [-1, 1])"""
     noise_clip: float = 0.3
@@ -290,7 +295,7 @@ class LogSumExpTree(torch.nn.Module):
 
 
 def orthogonal(weight, bias, generator):
-    """Orthogonal weight (in, out) with gain sqrt(2), zero bias (out), for a layer before a ReLU."""
+    """Orthogonal weight (in, out) with gain sqrt(2), which suits a ReLU behind it; zero bias (out)."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)
     bias.zero_()
 
@@ -997,12 +1002,13 @@ def print_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
@@ -1148,8 +1154,8 @@ def draw_uniforms(generators, *shape):
 
 
 def run_updates_on(agent, transitions, args, index, *draws):
-    """One update on all transitions per row of index (m, S, B) and of the other draws (m, S, ...); returns the metrics
-    of the last."""
+    """One update per row of index (m, S, B) and of the other draws (m, S, ...), which are given all transitions, as the
+    tree may draw any; returns the metrics of the last."""
     for row in zip(index, *draws):
         metrics = update(agent, transitions, *row, args)
     return metrics

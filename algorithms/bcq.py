@@ -35,15 +35,16 @@ What differs from the papers and their code, and why.
     - Online, an epoch of steps pays for as many updates, on batches that are uniform over the offline data and all own
       steps. The tenfold first epoch (--first-updates 10000) belongs to the BRED of the same paper, not to BCQ-ft.
     - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
-    - Weights, draws and noise come from one random generator per seed (and stage), so that a seed gives the same run
+    - Weights, draws and noise come from generators of each seed's own (and stage), so that a seed gives the same run
       alone or among others.
     - evaluations.csv counts updates offline, and goes on counting with the steps of the environment.
 
-Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/bcq.py --dataset hopper/replay-v0
 BCQ-ft:   python algorithms/bcq.py --dataset hopper/replay-v0 --online-steps 250000
           python algorithms/bcq.py --resume runs/bcq/RUN --online-steps 250000
-Expected: benchmarks.md has BCQ-ft: in small in the grid bred, with these defaults in bred_paper.
+Expected: from 13 up to 37 ± 4 in the small setting of benchmarks.md's grid bred: 20,000 updates offline, as many steps
+          online, networks of 2x64. With these defaults (grid bred_paper): not run yet.
 """
 
 import contextlib
@@ -281,7 +282,7 @@ class Perturbation(MLP):
 
 
 def first_critic(critic):
-    """Q_1 alone of critics (S, C): an MLP of lead (S,) on views of their weights, which no gradient reaches."""
+    """Q_1 alone of critics (S, C): an MLP of lead (S,) on detached views of their weights; its input gets gradients."""
     first = copy.copy(critic)
     first.lead = critic.lead[:1]
     first.layers = [(weight[:, 0].detach(), bias[:, 0].detach()) for weight, bias in critic.layers]
@@ -835,12 +836,13 @@ def print_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
@@ -1106,7 +1108,7 @@ def draw_block(sampler, generators, batch_size, *noise_shapes):
 
 
 def run_updates(agent, transitions, args, index, *noise):
-    """One update per row of index (m, S, B) and noise (m, S, ...); returns the metrics of the last."""
+    """One update per row of index (m, S, B) and of what else it reads at random (m, ...); the metrics of the last."""
     for row, *row_noise in zip(index, *noise):
         metrics = update(agent, F.embedding(row, transitions), *row_noise, args)  # one gather of whole rows
     return metrics

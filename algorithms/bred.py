@@ -14,22 +14,23 @@ actor-critic with critics that are pessimistic about actions outside the data), 
 by soft actor-critic, without pessimism.
 
 Objectives (S seeds, N members of the ensemble, B batch, O observation, A action; P policies per seed: N offline, 1 when
-distilled; G = S P policies in all, with the critics of M = N / P members each; Q_i is the smaller of member i's two
-critics; a~ and a' are drawn from the policy at s and s'; alpha is SAC's temperature):
+distilled; G = S P policies in all, with the critics of M = N / P members each; Q is either of a member's two critics,
+min Q the smaller, min Q_i member i's; a~ and a' are drawn from the policy at s and s'; alpha is SAC's temperature):
   offline, for every member
-    critic       y = r + gamma (1 - terminated) Q_target(s', a')                                                   (5)
+    critic       y = r + gamma (1 - terminated) min Q_target(s', a')                                               (5)
                  L = sum over both critics of mean (y - Q(s, a))^2 + cql_alpha gap                                 (4)
                  gap = mean (log sum_k exp(Q(s, a_k) - log mu(a_k)) - Q(s, a)), where 3 n actions a_k are sampled:
                  n uniformly, n from pi(.|s), n from pi(.|s'); log mu is their log-density               (6), CQL (4)
-    policy       L = mean (alpha log pi(a~|s) - Q(s, a~))                                                          (3)
+    policy       L = mean (alpha log pi(a~|s) - min Q(s, a~))                                                      (3)
+                 in the first bc_updates updates with log pi(a|s) of the logged action in place of min Q
   distillation, of Gaussians before the tanh
     policy       L = mean (|mean(s) - mixture_mean(s)|^2 + |std(s) - mixture_std(s)|^2)                            (8)
                  mixture_mean, mixture_std: those of the members' N Gaussians, drawn from with equal chance        (9)
-  online, after every 1,000 steps of the environment
+  online, after every 1,000 steps of the environment: 1,000 updates, the first time 10,000 (t: steps so far)
     replay       a share rho_t = rho_0 + (1 - rho_0) min(t, t_final) / t_final of the batch is online data         (7)
-    critic       y_i = r + gamma (1 - terminated) (Q_target_i(s', a') - alpha log pi(a'|s'))                       (2)
+    critic       y_i = r + gamma (1 - terminated) (min Q_target_i(s', a') - alpha log pi(a'|s'))                   (2)
                  L = sum over members and both critics of mean (y_i - Q(s, a))^2                                   (1)
-    policy       L = mean (alpha log pi(a~|s) - mean over the policy's members of Q_i(s, a~))                (10), (11)
+    policy       L = mean (alpha log pi(a~|s) - mean over the policy's members of min Q_i(s, a~))            (10), (11)
   offline and online
     temperature  L = -mean log_alpha (log pi(a~|s) + target_entropy),  target_entropy = -A
     targets      Q_target <- (1 - polyak) Q_target + polyak Q
@@ -45,8 +46,10 @@ What differs from the papers and their code, and why.
       validates (at most about 10,000); every seed stops for itself and keeps its best student.
     - The Bellman error has no factor 1/2, as in CQL's code: cql_alpha is twice the paper's alpha.
     - Every member has twin critics and takes the smaller one, as SAC and CQL do; the paper writes one Q per member.
-    - Temperatures go on from the mean of the members' trained ones; alpha = 1 (--init-alpha 1) is a large bonus for
-      entropy, which moves a trained policy away.
+    - Temperatures go on from the geometric mean of the members' trained ones; alpha = 1 (--init-alpha 1) is a large
+      bonus for entropy, which moves a trained policy away.
+    - From CQL's code: the policy's first updates clone (--bc-updates), for which logged actions are clipped to +-0.999;
+      online actions are not clipped.
     - N = 1 has nothing to distil: its policy goes on as it is, as in the paper.
     - `--policy independent` is the paper's ensemble without distillation: a step is drawn from N(mixture_mean,
       mixture_std), and every policy climbs its own member's critics, all on the same batch.
@@ -56,11 +59,12 @@ What differs from the papers and their code, and why.
     - evaluations.csv counts updates offline, and goes on counting with the steps of the environment. The row at
       num_updates is the distilled policy, before any online step; the rows before it are the members' mixture.
 
-Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/bred.py --dataset hopper/replay-v0
 CQL-ft:   python algorithms/bred.py --num-agents 1 --replay uniform --first-updates 1000
 Ablation: python algorithms/bred.py --offline runs/bred/RUN --replay online-only
-Expected: benchmarks.md, the grid bred_paper; the grid bred has curves in small, which a CPU can make.
+Expected: from 20 to 23 ± 9 in the small setting of benchmarks.md's grid bred: 20,000 updates offline, as many steps
+          online, networks of 2x64, N = 2. With these defaults (grid bred_paper): not run yet.
 """
 
 import contextlib
@@ -122,7 +126,7 @@ class Args:
     polyak: float = 0.005
     """share of the online critics in their targets at every update (tau)"""
     learning_rate: float = 3e-4
-    """Adam step size of the critics in both stages, and of distillation"""
+    """Adam step size of the critics, offline and online, and of distillation"""
     num_updates: Annotated[int, tyro.conf.arg(aliases=["--offline-updates"])] = 1_000_000
     """gradient steps of the offline stage"""
     offline: str | None = None
@@ -136,7 +140,7 @@ class Args:
     bc_updates: int = 40_000
     """offline: in the first updates the policy clones logged actions instead of climbing Q, as in CQL's code"""
     distil_epochs: int = 1_000
-    """distillation: epochs of updates_per_epoch at most"""
+    """distillation: at most so many epochs, of updates_per_epoch gradient steps each"""
     distil_patience: int = 20
     """distillation: it is over after so many epochs in a row without a better validation loss"""
     online_steps: int = 250_000
@@ -158,7 +162,7 @@ class Args:
     online_policy_learning_rate: float = 3e-5
     """online: Adam step size of policy and temperature; halfcheetah: 3e-4, medium-expert data: 5e-6"""
     init_alpha: float | None = None
-    """online: first temperature; default: the members' mean after the offline stage"""
+    """online: first temperature; default: the members' geometric mean after the offline stage"""
     save_online: str | None = None
     """when done, write the online data of the first seed to this folder, as a Minari dataset"""
     eval_every: int = 5_000
@@ -384,7 +388,8 @@ class MixtureActor(nn.Module):
 class EnsembleAgent(nn.Module):
     """Networks, temperatures and optimisers of S seeds, with P policies each and M = N / P members' critics per policy.
 
-    All G = S * P policies stand side by side along the first axis; policy p of seed s is at s * P + p.
+    All G = S * P policies stand side by side along the first axis, which the networks above call S; policy p of seed s
+    is at s * P + p.
     """
 
     def __init__(self, obs_dim, action_dim, args, device, num_policies, policy_learning_rate):
@@ -550,7 +555,7 @@ def distil_update(agent, batch, args):
 def keep_best(agent, obs, args):
     """Early stopping of every seed's student by itself, on held-out obs (S, B, O); returns the validation loss (S,)."""
     loss = distil_loss(agent, obs)
-    better = (loss < agent.best_loss) & (agent.stale_epochs < args.distil_patience)  # no patience: no change
+    better = (loss < agent.best_loss) & (agent.stale_epochs < args.distil_patience)  # out of patience: keep the best
     agent.best_loss.copy_(torch.where(better, loss, agent.best_loss))
     agent.stale_epochs.copy_(torch.where(better, 0, agent.stale_epochs + 1))
     for best, now in zip(agent.best.parameters(), agent.student.parameters()):
@@ -1054,12 +1059,13 @@ def print_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
@@ -1325,7 +1331,7 @@ def draw_block(sampler, generators, batch_size, *noise_shapes):
 
 
 def run_stage(update, agent, transitions, args, index, *noise):
-    """One update per row of index (m, S, B) and noise (m, S, ...); returns the metrics of the last."""
+    """One update per row of index (m, S, B) and of what else it reads at random (m, ...); the metrics of the last."""
     for row, *row_noise in zip(index, *noise):
         metrics = update(agent, F.embedding(row, transitions), *row_noise, args)  # one gather of whole rows
     return metrics
@@ -1406,7 +1412,7 @@ def main():
     device, S = choose_device(args.device), args.num_seeds
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
 
-    # data, on the device; one state in ten, of at most about 10,000, is held out of the distillation
+    # data, on the device; one state in ten, but at most about 10,000, is held out of the distillation
     dataset = load_dataset(args.dataset, args.env_id, args.seed)
     if args.eval_episodes or args.online_steps or dataset.environment["id"]:
         fit_to_environment(dataset)
@@ -1477,7 +1483,7 @@ def main():
                 if len(state) == len(generator.get_state()):  # else it comes from another kind of device: new draws
                     generator.set_state(state.cpu())
             within_epoch = stage == "online" and num_updates < updates_after(t, args)  # its evaluation is to come
-            evaluator.resume(axis() - within_epoch, checkpoint["pending_evaluations"], agent.actor)
+            evaluator.resume(axis() - 1 if within_epoch else axis(), checkpoint["pending_evaluations"], agent.actor)
         else:
             num_updates = 0
             if stage == "distil":

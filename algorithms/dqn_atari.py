@@ -37,10 +37,11 @@ What differs from the papers and their code, and why.
       tenth episode, since seeding takes the time of many steps.
     - A checkpoint holds the replay memory, as Dopamine's does: 7 GB per seed when a million steps are in it.
 
-Reading:   the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:   the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:       python algorithms/dqn_atari.py --env-id ALE/Pong-v5 --num-steps 2000000
 A dataset: python algorithms/dqn_atari.py --env-id ALE/Pong-v5 --num-steps 2000000 --save-replay my-data/pong
-Expected:  benchmarks.md has the curve of the run that made tests/data/atari.
+Expected:  692 on MsPacman, where random play returns 237, after 100,000 steps with the flags of tests/data/README.md.
+           Millions of steps, and other games: not run yet.
 """
 
 import contextlib
@@ -211,7 +212,7 @@ class NatureNetwork(nn.Module):
     """`lead` independent networks of the Nature article, side by side, with num_heads values for each action.
 
     Four frames go through three convolutions with ReLUs, all networks' in one grouped convolution, then through a
-    hidden layer to the values. lead: (S,) or (S, C); networks of one seed see the same frames.
+    hidden layer to the values. lead: (S,) or (S, networks per seed); those of one seed see the same frames.
     init(weight, fan_in, fan_out, generator) fills one layer of one network in place, biases are zero;
     generators: one torch.Generator per seed, so that the weights of a seed do not depend on its neighbours.
     """
@@ -350,7 +351,7 @@ class DQNAgent(nn.Module):
 def update(agent, batch, args):
     """One gradient step of every agent; nothing in here waits for the GPU.
 
-    batch: obs and next_obs (S, B, 4, 84, 84) uint8, action, reward and not_terminal (S, B).
+    batch: obs (S, B, 4, 84, 84) uint8, action, reward (S, B), next_obs as obs, not_terminal (S, B).
     Returns a dict of metrics, each (S,), on the device.
     """
     obs, action, reward, next_obs, not_terminal = batch
@@ -636,13 +637,14 @@ def print_atari_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         hundred = "the agent that logged the data, else a human"
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: {hundred}), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.1f} updates/s per seed, run folder {run_dir}")
 
 

@@ -35,7 +35,7 @@ What differs from the papers and their code, and why.
       where the log names both (replay.json, which dqn_atari.py writes); elsewhere 100 is a human tester.
     - An episode that was cut after 27,000 steps is marked as terminal in the log, and cannot be told from a true end.
 
-Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/ensemble_dqn_atari.py --dataset atari/mspacman
 Expected: benchmarks.md has what was measured; the run prints the average return of the logged episodes first.
 """
@@ -188,7 +188,7 @@ class NatureNetwork(nn.Module):
     """`lead` independent networks of the Nature article, side by side, with num_heads values for each action.
 
     Four frames go through three convolutions with ReLUs, all networks' in one grouped convolution, then through a
-    hidden layer to the values. lead: (S,) or (S, C); networks of one seed see the same frames.
+    hidden layer to the values. lead: (S,) or (S, networks per seed); those of one seed see the same frames.
     init(weight, fan_in, fan_out, generator) fills one layer of one network in place, biases are zero;
     generators: one torch.Generator per seed, so that the weights of a seed do not depend on its neighbours.
     """
@@ -293,7 +293,7 @@ class MultiHeadAgent(nn.Module):
 def update(agent, batch, args):
     """One gradient step of every agent; nothing in here waits for the GPU.
 
-    batch: obs and next_obs (S, B, 4, 84, 84) uint8, action, reward and not_terminal (S, B).
+    batch: obs (S, B, 4, 84, 84) uint8, action, reward (S, B), next_obs as obs, not_terminal (S, B).
     Returns a dict of metrics, each (S,), on the device.
     """
     obs, action, reward, next_obs, not_terminal = batch
@@ -966,13 +966,14 @@ def print_atari_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         hundred = "the agent that logged the data, else a human"
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: {hundred}), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.1f} updates/s per seed, run folder {run_dir}")
 
 
@@ -1176,10 +1177,9 @@ def main():
             block_start = num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK
             fetch()
             generator_states = [generator.get_state() for generator in generators]
-            index, *noise = draw_block(replay, generators, args.batch_size)
+            (index,) = draw_block(replay, generators, args.batch_size)
             if device.type == "cuda" and not graph:
-                batches = replay.batches(index[:UPDATES_PER_GRAPH])
-                graph = cuda_graph(learn, agent, *batches, *(x[:UPDATES_PER_GRAPH] for x in noise))
+                graph = cuda_graph(learn, agent, *replay.batches(index[:UPDATES_PER_GRAPH]))
 
         # learn, until the block ends or something else is due
         every = args.target_every, args.eval_every, args.checkpoint_every, args.log_every
@@ -1187,8 +1187,7 @@ def main():
         end = num_updates + min(*due, block_start + UPDATES_PER_BLOCK - num_updates, args.num_updates - num_updates)
         while num_updates < end:
             n = min(UPDATES_PER_GRAPH, end - num_updates)
-            rows, *inputs = (x[num_updates - block_start :][:n] for x in (index, *noise))
-            inputs = replay.batches(rows) + inputs
+            inputs = replay.batches(index[num_updates - block_start :][:n])
             metrics = graph(*inputs) if graph and n == UPDATES_PER_GRAPH else learn(*inputs)
             num_updates += n
             if stop:

@@ -2,7 +2,8 @@
 
 Papers: Y. Yue, B. Kang, X. Ma, Z. Xu, G. Huang, S. Yan, "Boosting Offline Reinforcement Learning via Data Rebalancing",
 2022, arXiv:2210.09241 (ReD); I. Kostrikov, A. Nair, S. Levine, "Offline Reinforcement Learning with Implicit
-Q-Learning", 2021, arXiv:2110.06169 (IQL).
+Q-Learning", 2021, arXiv:2110.06169 (IQL); Z.-W. Hong et al., "Harnessing Mixed Offline Reinforcement Learning Datasets
+via Trajectory Weighting", 2023 (the samplers aw and rw).
 
 Idea. Offline algorithms are held close to the policy that logged the data, the bad parts of it included. ReD draws each
 transition with a probability that grows with the return of its episode. That leaves the support of the data as it is
@@ -10,7 +11,7 @@ and raises its average: the algorithm is held close to a better policy, at no co
 not in the data: it regresses V towards an upper expectile of Q over the logged actions, Q towards r + gamma V, and
 clones the logged actions with weights exp(beta * advantage).
 
-Objectives (S seeds, C critics, B batch, O observation, A action, N transitions; `min` runs over the critics):
+Objectives (S seeds, C critics, B batch, O observation, A action, N transitions; `min Q`: the smallest of the critics):
     sampler   p(i) = (R_i - R_min) / (R_max - R_min) + p_base,  P(i) = p(i)^alpha / sum_k p(k)^alpha   ReD (2), (1)
     value     L_V  = mean |expectile - 1[u < 0]| u^2,  u = min Q_target(s, a) - V(s)                   IQL (5)
     critic    L_Q  = sum over C of mean (r + gamma (1 - terminated) V(s') - Q(s, a))^2                 IQL (6)
@@ -24,12 +25,13 @@ What differs from the papers and their code, and why.
     - Drawing from a cached cumulative sum instead of numpy.random.choice: the same distribution, O(log N) per draw.
     - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
     - exp is capped by clamping its exponent at ln 100: the same weight, no overflow.
-    - Weights and draws come from one random generator per seed, so that a seed gives the same run alone or among others
+    - Weights and draws come from generators of each seed's own, so that a seed gives the same run alone or among others
       (dropout aside, whose masks come from the global generator).
 
-Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/iql_red.py --dataset hopper/replay-v0 --sampler red
-Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
+Expected: 58 ± 9 (at the end 75 ± 23) by --num-updates 100000 --hidden-sizes 128 128 --num-seeds 5; uniform: 48 ± 3
+          the data's average episode: 12 (benchmarks.md, red_vs_uniform). The paper's million updates: not run yet.
 """
 
 import contextlib
@@ -86,7 +88,8 @@ class Args:
     alpha: float = 1.0
     """ReD's exponent: 0 is uniform, infinity draws the best episode only (sampler red, reward)"""
     p_base: float = 0.0
-    """ReD's floor under the normalised return; AntMaze and other tasks with 0/1 returns: 0.2 (sampler red, reward)"""
+    """ReD's floor under the normalised return, infinity being uniform; AntMaze and other tasks with 0/1 returns: 0.2
+    (sampler red, reward)"""
     temperature: float = 0.1
     """softmax temperature of the samplers rw and aw"""
     num_updates: int = 1_000_000
@@ -134,7 +137,7 @@ class Args:
     """with --evaluate: record each seed's first episode to RUN_DIR/videos"""
 
 
-# flags that may differ when a run goes on or is evaluated: they do not change what an update computes
+# flags that may differ when a run goes on or is evaluated; a new --num-updates stretches the actor's cosine, too
 RESUME_MAY_CHANGE = {"resume", "evaluate", "run_dir", "device", "num_updates", "eval_episodes", "eval_workers"}
 RESUME_MAY_CHANGE |= {"checkpoint_every", "log_every", "capture_video"}
 
@@ -156,7 +159,7 @@ def red_probabilities(episode_returns, episode_lengths, alpha=1.0, p_base=0.0):
 def rebalance(goodness, alpha, p_base):
     """P(i) = p_i^alpha / sum_k p_k^alpha with p = (x - x_min) / (x_max - x_min) + p_base; x = goodness (N,)."""
     span = goodness.max() - goodness.min()
-    if span == 0 or alpha == 0:  # everything equally good, or no preference
+    if span == 0 or alpha == 0 or p_base == math.inf:  # everything equally good, or no preference
         return np.full(len(goodness), 1 / len(goodness))
     p = (goodness - goodness.min()) / span + p_base
     p = (p / p.max()) ** alpha  # at most 1, so that no exponent overflows; alpha = inf leaves the best only
@@ -175,7 +178,7 @@ def top_probabilities(episode_returns, episode_lengths, fraction=0.1):
 
 
 def softmax_probabilities(episode_goodness, episode_lengths, temperature):
-    """Hong et al.'s RW and AW: a softmax over transitions of goodness (E,), scaled to [0, 1], over temperature."""
+    """Hong et al.'s RW and AW: P(i) ~ exp(x / temperature), x being the goodness (E,) of i's episode, in [0, 1]."""
     x = np.float64(episode_goodness) - np.min(episode_goodness)
     x = np.repeat(x / (x.max() or 1.0), episode_lengths)
     p = np.exp((x - x.max()) / temperature)
@@ -208,7 +211,8 @@ class Sampler:
     def __init__(self, probabilities, device):
         self.num_transitions = len(probabilities)
         uniform = np.all(probabilities == probabilities[0])
-        self.cdf = None if uniform else torch.from_numpy(np.cumsum(probabilities)).to(device)  # float64: see N = 1e6
+        # in float64: in float32 the sum of a million probabilities is off by 1 %
+        self.cdf = None if uniform else torch.from_numpy(np.cumsum(probabilities)).to(device)
 
     def __call__(self, u):
         """u: float64 uniform on [0, 1), any shape. Returns int64 indices of that shape."""
@@ -224,7 +228,7 @@ class Sampler:
 
 
 def orthogonal(weight, bias, generator):
-    """Orthogonal weight (in, out) with gain sqrt(2), zero bias (out), for a layer before a ReLU."""
+    """Orthogonal weight (in, out) with gain sqrt(2), which suits a ReLU behind it; zero bias (out)."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)
     bias.zero_()
 
@@ -829,12 +833,13 @@ def print_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
@@ -975,7 +980,7 @@ def draw_block(sampler, generators, batch_size, *noise_shapes):
 
 
 def run_updates(agent, transitions, args, index, *noise):
-    """One update per row of index (m, S, B) and noise (m, S, ...); returns the metrics of the last."""
+    """One update per row of index (m, S, B) and of what else it reads at random (m, ...); the metrics of the last."""
     for row, *row_noise in zip(index, *noise):
         metrics = update(agent, F.embedding(row, transitions), *row_noise, args)  # one gather of whole rows
     return metrics
@@ -1011,7 +1016,7 @@ def main():
         fit_to_environment(dataset)
     probabilities = sampling_probabilities(dataset, args)
     transform_rewards(dataset, args.reward_transform, IQL_TRANSFORMS)
-    actions_of(dataset).clip(-1 + 1e-5, 1 - 1e-5, out=actions_of(dataset))
+    actions_of(dataset).clip(-1 + 1e-5, 1 - 1e-5, out=actions_of(dataset))  # as in the IQL authors' code
     transitions, sampler = torch.from_numpy(dataset.transitions).to(device), Sampler(probabilities, device)
 
     # agents, in a run folder that is new or goes on from its checkpoint

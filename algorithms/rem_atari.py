@@ -5,11 +5,11 @@ arXiv:1907.04543 (REM, its protocol, the DQN Replay Dataset); V. Mnih, K. Kavukc
 "Playing Atari with Deep Reinforcement Learning", 2013, arXiv:1312.5602, and its Nature article of 2015 (DQN; the
 equation numbers are those of 2013).
 
-Idea. Offline, nothing corrects a value that is wrong, so that values should fit in more ways than one. A network has
-200 heads, each with a value for every action. Every minibatch draws a random convex combination of the heads, and makes
-*its* values consistent, in the online and in the target network: there are as many constraints as there are mixtures,
-and all heads learn from each other's targets. The agent acts by the mean of the heads. That is all of REM: `diff` this
-file and offline_dqn_atari.py.
+Idea. Offline, nothing corrects a value that is wrong; the more equations values must satisfy, the fewer wrong ones are
+left. A network has 200 heads, each with a value for every action. Every minibatch draws a random convex combination,
+mixes the heads of the online and of the target network by it, and takes DQN's step on the mixed values: there are as
+many equations as mixtures, and all heads learn from each other's targets. The agent acts by the mean of the heads. That
+is all of REM: `diff` this file and offline_dqn_atari.py.
 
 Objectives (S seeds, B batch, A actions, K heads, C channels):
     mixture       alpha_k = u_k / sum_j u_j,  u uniform on [0, 1], anew for every minibatch;  Q = sum_k alpha_k Q_k
@@ -25,17 +25,18 @@ What differs from the papers and their code, and why.
       its own, copies after updates 1, 2,001, ...; ours starts as a copy. Its "8,000" counts agent steps, 4 an update.
     - Adam, padding and first weights are those of the code's TensorFlow; `--optimizer-style torch` and `--padding
       valid` give torch's Adam and the Nature article's convolutions.
-    - The code loads 5 random files of a million frames per 62,500 updates. So do we where the data is larger than
-      `--memory-gb`, whole random episodes of 5 files that fill half of it, while the other half is being filled in the
-      background; with memory for all of it, all of it is drawn from.
+    - The code loads 5 random files of a million frames (35 GB) per 62,500 updates. Where the data is larger than
+      `--memory-gb`, we load whole random episodes of 5 files that fill half of it (0.6 million frames of 8 GB), while
+      the other half is being filled in the background; with memory for all of it, all of it is drawn from.
     - Batches and mixtures are drawn on the CPU, from one generator per seed: a seed draws the same on every device,
       alone or among others.
+    - Huber's loss, as in the REM paper, where DQN (2) has the square.
     - Evaluation counts whole episodes, `--eval-episodes` of them, where the paper counts 125,000 steps.
     - A score of 0 is random play and one of 100 the best evaluation of the agent that logged the data, as in the paper,
       where the log names both (replay.json, which dqn_atari.py writes); elsewhere 100 is a human tester.
     - An episode that was cut after 27,000 steps is marked as terminal in the log, and cannot be told from a true end.
 
-Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/rem_atari.py --dataset atari/mspacman
 Expected: benchmarks.md has what was measured; the run prints the average return of the logged episodes first.
 """
@@ -194,7 +195,7 @@ class NatureNetwork(nn.Module):
     """`lead` independent networks of the Nature article, side by side, with num_heads values for each action.
 
     Four frames go through three convolutions with ReLUs, all networks' in one grouped convolution, then through a
-    hidden layer to the values. lead: (S,) or (S, C); networks of one seed see the same frames.
+    hidden layer to the values. lead: (S,) or (S, networks per seed); those of one seed see the same frames.
     init(weight, fan_in, fan_out, generator) fills one layer of one network in place, biases are zero;
     generators: one torch.Generator per seed, so that the weights of a seed do not depend on its neighbours.
     """
@@ -299,7 +300,7 @@ class MultiHeadAgent(nn.Module):
 def update(agent, batch, mixture, args):
     """One gradient step of every agent; nothing in here waits for the GPU.
 
-    batch: obs and next_obs (S, B, 4, 84, 84) uint8, action, reward and not_terminal (S, B); mixture: (S, K).
+    batch: obs (S, B, 4, 84, 84) uint8, action, reward (S, B), next_obs as obs, not_terminal (S, B); mixture: (S, K).
     Returns a dict of metrics, each (S,), on the device.
     """
     obs, action, reward, next_obs, not_terminal = batch
@@ -972,13 +973,14 @@ def print_atari_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         hundred = "the agent that logged the data, else a human"
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: {hundred}), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.1f} updates/s per seed, run folder {run_dir}")
 
 
@@ -1182,11 +1184,11 @@ def main():
             block_start = num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK
             fetch()
             generator_states = [generator.get_state() for generator in generators]
-            index, *noise = draw_block(replay, generators, args.batch_size)
-            noise.append(draw_mixtures(generators, args.num_heads).to(device))
+            (index,) = draw_block(replay, generators, args.batch_size)
+            mixtures = draw_mixtures(generators, args.num_heads).to(device)
             if device.type == "cuda" and not graph:
                 batches = replay.batches(index[:UPDATES_PER_GRAPH])
-                graph = cuda_graph(learn, agent, *batches, *(x[:UPDATES_PER_GRAPH] for x in noise))
+                graph = cuda_graph(learn, agent, *batches, mixtures[:UPDATES_PER_GRAPH])
 
         # learn, until the block ends or something else is due
         every = args.target_every, args.eval_every, args.checkpoint_every, args.log_every
@@ -1194,8 +1196,8 @@ def main():
         end = num_updates + min(*due, block_start + UPDATES_PER_BLOCK - num_updates, args.num_updates - num_updates)
         while num_updates < end:
             n = min(UPDATES_PER_GRAPH, end - num_updates)
-            rows, *inputs = (x[num_updates - block_start :][:n] for x in (index, *noise))
-            inputs = replay.batches(rows) + inputs
+            rows, mixture = (x[num_updates - block_start :][:n] for x in (index, mixtures))
+            inputs = [*replay.batches(rows), mixture]
             metrics = graph(*inputs) if graph and n == UPDATES_PER_GRAPH else learn(*inputs)
             num_updates += n
             if stop:

@@ -25,10 +25,10 @@ What differs from the papers and their code, and why.
     - Environment, replay memory, files and schedules are those of dqn_atari.py, which says what is different in them:
       `diff` the two.
 
-Reading:   the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:   the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:       python algorithms/rem_online_atari.py --env-id ALE/Pong-v5 --num-steps 2000000
 Baseline:  python algorithms/rem_online_atari.py --env-id ALE/Pong-v5 --num-steps 2000000 --agent bootstrapped
-Expected:  benchmarks.md has what was measured.
+Expected:  no score was measured yet: a game takes millions of steps, and so a GPU.
 """
 
 import contextlib
@@ -228,7 +228,7 @@ class NatureNetwork(nn.Module):
     """`lead` independent networks of the Nature article, side by side, with num_heads values for each action.
 
     Four frames go through three convolutions with ReLUs, all networks' in one grouped convolution, then through a
-    hidden layer to the values. lead: (S,) or (S, C); networks of one seed see the same frames.
+    hidden layer to the values. lead: (S,) or (S, networks per seed); those of one seed see the same frames.
     init(weight, fan_in, fan_out, generator) fills one layer of one network in place, biases are zero;
     generators: one torch.Generator per seed, so that the weights of a seed do not depend on its neighbours.
     """
@@ -341,8 +341,8 @@ class MultiNetworkAgent(nn.Module):
 def update(agent, batch, mixtures, args):
     """One gradient step of every agent; nothing in here waits for the GPU.
 
-    batch: obs and next_obs (S, B, 4, 84, 84) uint8, action, reward and not_terminal (S, B); mixtures: (S, K, M).
-    Returns a dict of metrics, each (S,), on the device.
+    batch: obs (S, B, 4, 84, 84) uint8, action, reward (S, B), next_obs as obs, not_terminal (S, B);
+    mixtures: (S, K, M). Returns a dict of metrics, each (S,), on the device.
     """
     obs, action, reward, next_obs, not_terminal = batch
 
@@ -627,13 +627,14 @@ def print_atari_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         hundred = "the agent that logged the data, else a human"
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: {hundred}), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.1f} updates/s per seed, run folder {run_dir}")
 
 

@@ -17,7 +17,8 @@ Objectives (S seeds, B batch, O observation, A action, N examples; the papers nu
     actor      L_pi = -mean w_i log pi(a_i | s_i, G_i)                                                          (3)
     acting     a_t = mean of pi(. | s_t, g_t); g_0 = target return, g_{t+1} = (g_t - r_t) / gamma               (4)
 The IR paper's names: BC is --condition none --weighting none (10 % BC: also --top-fraction 0.1), Own Return is
---weighting none, IR is the default. --condition average is RvS-R as its authors have it.
+--weighting none, IR is the default. RvS-R is --condition average --weighting none; as its authors run it also
+--learning-rate 1e-3 --weight-decay 0 --dropout 0 --batch-size 16384 (there without normalised inputs).
 
 What differs from the papers and their code, and why.
     - The IR paper calls G a trajectory return but prints the return to go; we condition on the latter. It normalises
@@ -25,7 +26,8 @@ What differs from the papers and their code, and why.
     - It does not say what it asks for in an evaluation. We ask for the best return in the data and count down, (4).
       When training ends, other --target-return give the curve of asked against achieved.
     - It does not say what y is, nor bins and kernel. We take G, 100 bins and the kernel of the LDS code (5 bins, sigma
-      2), which folds the tails of the Gaussian back into its window; --kernel plain cuts them off.
+      2), which folds the tails of the Gaussian back into its window; --kernel plain cuts them off. As there, nothing
+      lies beyond the smallest and largest y: an outermost bin weighs up to 1.6 times an inner one of the same count.
     - It does not say whether IR is conditioned. Its scores follow Own Return's, not BC's, so here it is.
     - Its title says sampling, its formula weighs the loss. The formula is the default; --weighting lds_sampling draws
       with probability w / sum of w: the same expected gradient.
@@ -35,12 +37,13 @@ What differs from the papers and their code, and why.
     - A truncated episode may have lost its last transition (D4RL files), but not that step's reward, which is in G.
     - --condition average: G over the steps that the longest episode has left, and a constant to ask for (RvS).
     - Actions outside [-1, 1] are clipped when acting, not in the likelihood (RvS leaves that to the environment).
-    - Weights, draws and dropout masks come from one random generator per seed, so that a seed gives the same run alone
+    - Weights, draws and dropout masks come from generators of each seed's own, so that a seed gives the same run alone
       or among others.
 
-Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/rvs_lds.py --dataset halfcheetah/replay-v0 --weighting lds
-Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
+Expected: 44 ± 0 with --num-updates 10000 --hidden-sizes 256 256 --num-seeds 3, also without --weighting; BC: 2;
+          the data's average episode: 27 (benchmarks.md, rvs).
 """
 
 import contextlib
@@ -92,15 +95,15 @@ class Args:
     num_seeds: int = 1
     """agents trained side by side in one batched computation (the axis S)"""
     condition: Literal["none", "return", "average"] = "return"
-    """what the policy sees beside the state: none: behaviour cloning; return: the return to go (1); average: the return
-    to go per step that is left, as RvS-R has it"""
+    """what the policy sees beside the state: none: behaviour cloning; return: the return to go (1); average: that
+    divided by the steps that the longest episode in the data has left, as RvS-R has it"""
     target_return: tuple[float, ...] = ()
     """returns to ask for; the first: in evaluations.csv; all: when training ends and in --evaluate. Default: the best
     return in the data, then 1/4, 1/2, 3/4 and 5/4 of the way from the worst to it"""
     weighting: Literal["none", "lds", "lds_sampling"] = "lds"
     """lds: weights 1 / smoothed density in the loss (2), (3); lds_sampling: as sampling probabilities instead"""
     lds_target: Literal["return_to_go", "episode_return"] = "return_to_go"
-    """y: whose density it is (weighting lds, lds_sampling; so are the next six)"""
+    """y: whose density it is (like the next six flags, only with --weighting lds or lds_sampling)"""
     num_bins: int = 100
     """bins of equal width between the smallest and the largest y"""
     kernel_size: int = 5
@@ -112,7 +115,7 @@ class Args:
     density_power: float = 1.0
     """exponent of the counts before smoothing; 0.5: LDS's square-root inverse, which weighs less steeply"""
     max_weight: float = math.inf
-    """bound of the weights, whose average is 1 before and after"""
+    """bound of the weights where their average is 1; they are then scaled to that average again, and may exceed it"""
     top_fraction: float = 1.0
     """learn from the best episodes only, that hold this share of the transitions; 0.1: 10 % BC"""
     num_updates: int = 200_000
@@ -183,8 +186,8 @@ def returns_to_go(rewards, episode_lengths, episode_returns, gamma=1.0):
 
 
 def conditions_of(G, episode_lengths, condition):
-    """What the policy is told beside the state: nothing (N, 0), or (N, 1) of G, or of G per step that is left of the
-    longest episode."""
+    """What the policy is told beside the state: nothing (N, 0), or (N, 1) of G, or of G divided by the steps that the
+    longest episode has left."""
     if condition == "none":
         return np.empty((len(G), 0))
     if condition == "average":
@@ -298,7 +301,8 @@ class Sampler:
     def __init__(self, probabilities, device):
         self.num_transitions = len(probabilities)
         uniform = np.all(probabilities == probabilities[0])
-        self.cdf = None if uniform else torch.from_numpy(np.cumsum(probabilities)).to(device)  # float64: see N = 1e6
+        # in float64: in float32 the sum of a million probabilities is off by 1 %
+        self.cdf = None if uniform else torch.from_numpy(np.cumsum(probabilities)).to(device)
 
     def __call__(self, u):
         """u: float64 uniform on [0, 1), any shape. Returns int64 indices of that shape."""
@@ -314,7 +318,7 @@ class Sampler:
 
 
 def orthogonal(weight, bias, generator):
-    """Orthogonal weight (in, out) with gain sqrt(2), zero bias (out), for a layer before a ReLU."""
+    """Orthogonal weight (in, out) with gain sqrt(2), which suits a ReLU behind it; zero bias (out)."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)
     bias.zero_()
 
@@ -434,7 +438,7 @@ class AdamL2(Adam):
 
 
 def normalize(obs, mean, std):
-    """Observations as the networks see them, TD3+BC (4)."""
+    """Observations as the networks see them: eq. (4) of TD3+BC (Fujimoto and Gu, 2021)."""
     return (obs - mean) / (std + 1e-3)
 
 
@@ -951,12 +955,13 @@ def print_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
@@ -1203,7 +1208,7 @@ def draw_block(sampler, generators, batch_size, *noise_shapes):
 
 
 def run_updates(agent, transitions, args, index, *noise):
-    """One update per row of index (m, S, B) and noise (m, S, ...); returns the metrics of the last."""
+    """One update per row of index (m, S, B) and of what else it reads at random (m, ...); the metrics of the last."""
     for row, *row_noise in zip(index, *noise):
         metrics = update(agent, F.embedding(row, transitions), *row_noise, args)  # one gather of whole rows
     return metrics

@@ -3,7 +3,8 @@
 Papers: Y. Yue, B. Kang, X. Ma, Z. Xu, G. Huang, S. Yan, "Boosting Offline Reinforcement Learning via Data Rebalancing",
 2022, arXiv:2210.09241 (ReD); S. Fujimoto, S. S. Gu, "A Minimalist Approach to Offline Reinforcement Learning", 2021,
 arXiv:2106.06860 (TD3+BC); S. Fujimoto, H. van Hoof, D. Meger, "Addressing Function Approximation Error in Actor-Critic
-Methods", 2018, arXiv:1802.09477 (TD3).
+Methods", 2018, arXiv:1802.09477 (TD3); Z.-W. Hong et al., "Harnessing Mixed Offline Reinforcement Learning Datasets via
+Trajectory Weighting", 2023 (the samplers aw and rw).
 
 Idea. Offline algorithms are held close to the policy that logged the data, the bad parts of it included. ReD draws each
 transition with a probability that grows with the return of its episode. That leaves the support of the data as it is
@@ -11,7 +12,7 @@ and raises its average: the algorithm is held close to a better policy, at no co
 actor climbs Q and clones the logged action at the same time, with Q scaled to an average size of bc_alpha so that one
 weight serves every task, and states are normalised.
 
-Objectives (S seeds, C critics, B batch, O observation, A action, N transitions; `min` runs over the critics):
+Objectives (S seeds, C critics, B batch, O observation, A action, N transitions; `min Q`: the smallest of the critics):
     sampler   p(i) = (R_i - R_min) / (R_max - R_min) + p_base,  P(i) = p(i)^alpha / sum_k p(k)^alpha   ReD (2), (1)
     states    s <- (s - mean) / (std + 0.001), over the whole dataset                                  TD3+BC (4)
     critic    a' = clip(pi_target(s') + clip(policy_noise * normal noise, -noise_clip, noise_clip), -1, 1)
@@ -32,12 +33,13 @@ What differs from the papers and their code, and why.
       step of every timed-out episode; we keep its reward, and its transition where the data has its next observation.
     - Drawing from a cached cumulative sum instead of numpy.random.choice: the same distribution, O(log N) per draw.
     - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
-    - Weights, draws and noise come from one random generator per seed, so that a seed gives the same run alone or
+    - Weights, draws and noise come from generators of each seed's own, so that a seed gives the same run alone or
       among others.
 
-Reading:  the method is all that stands above the first `# Plumbing`; below are common parts and, last, main().
+Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/td3_bc_red.py --dataset hopper/replay-v0 --sampler red
-Expected: benchmarks.md has this run's score; the dataset's average episode is printed beside it.
+Expected: 43 ± 7 with --num-updates 40000 --hidden-sizes 128 128 --num-seeds 3; uniform sampling: 25 ± 2; the data's
+          average episode: 12 (benchmarks.md, td3_bc). The paper's million updates: not run yet.
 """
 
 import contextlib
@@ -94,7 +96,8 @@ class Args:
     alpha: float = 1.0
     """ReD's exponent: 0 is uniform, infinity draws the best episode only (sampler red, reward)"""
     p_base: float = 0.0
-    """ReD's floor under the normalised return; AntMaze and other tasks with 0/1 returns: 0.2 (sampler red, reward)"""
+    """ReD's floor under the normalised return, infinity being uniform; AntMaze and other tasks with 0/1 returns: 0.2
+    (sampler red, reward)"""
     temperature: float = 0.1
     """softmax temperature of the samplers rw and aw"""
     num_updates: int = 1_000_000
@@ -166,7 +169,7 @@ def red_probabilities(episode_returns, episode_lengths, alpha=1.0, p_base=0.0):
 def rebalance(goodness, alpha, p_base):
     """P(i) = p_i^alpha / sum_k p_k^alpha with p = (x - x_min) / (x_max - x_min) + p_base; x = goodness (N,)."""
     span = goodness.max() - goodness.min()
-    if span == 0 or alpha == 0:  # everything equally good, or no preference
+    if span == 0 or alpha == 0 or p_base == math.inf:  # everything equally good, or no preference
         return np.full(len(goodness), 1 / len(goodness))
     p = (goodness - goodness.min()) / span + p_base
     p = (p / p.max()) ** alpha  # at most 1, so that no exponent overflows; alpha = inf leaves the best only
@@ -185,7 +188,7 @@ def top_probabilities(episode_returns, episode_lengths, fraction=0.1):
 
 
 def softmax_probabilities(episode_goodness, episode_lengths, temperature):
-    """Hong et al.'s RW and AW: a softmax over transitions of goodness (E,), scaled to [0, 1], over temperature."""
+    """Hong et al.'s RW and AW: P(i) ~ exp(x / temperature), x being the goodness (E,) of i's episode, in [0, 1]."""
     x = np.float64(episode_goodness) - np.min(episode_goodness)
     x = np.repeat(x / (x.max() or 1.0), episode_lengths)
     p = np.exp((x - x.max()) / temperature)
@@ -218,7 +221,8 @@ class Sampler:
     def __init__(self, probabilities, device):
         self.num_transitions = len(probabilities)
         uniform = np.all(probabilities == probabilities[0])
-        self.cdf = None if uniform else torch.from_numpy(np.cumsum(probabilities)).to(device)  # float64: see N = 1e6
+        # in float64: in float32 the sum of a million probabilities is off by 1 %
+        self.cdf = None if uniform else torch.from_numpy(np.cumsum(probabilities)).to(device)
 
     def __call__(self, u):
         """u: float64 uniform on [0, 1), any shape. Returns int64 indices of that shape."""
@@ -307,12 +311,12 @@ class Adam(nn.Module):
 
 
 def normalize(obs, mean, std):
-    """Observations as the networks see them, TD3+BC (4)."""
+    """Observations as the networks see them: eq. (4) of TD3+BC (Fujimoto and Gu, 2021)."""
     return (obs - mean) / (std + 1e-3)
 
 
 class DeterministicActor(nn.Module):
-    """pi(s) = tanh(net(s)), with the statistics of the dataset's states that make s of a raw observation."""
+    """pi(s) = tanh(net(s)); holds mean and std of the dataset's observations, which make s of a raw one."""
 
     def __init__(self, obs_dim, action_dim, hidden_sizes, init, generators, obs_mean, obs_std):
         super().__init__()
@@ -331,7 +335,7 @@ class DeterministicActor(nn.Module):
 
 
 def first_critic(critic):
-    """Q_1 alone of critics (S, C): an MLP of lead (S,) on views of their weights, which no gradient reaches."""
+    """Q_1 alone of critics (S, C): an MLP of lead (S,) on detached views of their weights; its input gets gradients."""
     first = copy.copy(critic)
     first.lead = critic.lead[:1]
     first.layers = [(weight[:, 0].detach(), bias[:, 0].detach()) for weight, bias in critic.layers]
@@ -368,7 +372,8 @@ def update(agent, batch, noise, actor_turn, args):
     """One gradient step of every agent's critics and, if actor_turn, of its actor; nothing in here waits for the GPU.
 
     batch: (S, B, O + A + 1 + O + 1) packed transitions, states normalised; noise: (S, B, A) standard normal;
-    actor_turn: a bool, known to the host. Returns a dict of metrics, each (S,), on the device; the actor's in its turn.
+    actor_turn: a bool tensor () on the CPU, so that asking it waits for nothing. Returns a dict of metrics, each (S,),
+    on the device; those of the actor if it is its turn.
     """
     obs, action, reward, next_obs, not_terminated = batch.split(agent.widths, dim=-1)
     reward, not_terminated = reward.squeeze(-1), not_terminated.squeeze(-1)  # (S, B)
@@ -842,12 +847,13 @@ def print_result(args, run_dir, num_updates, rate):
     text = ""
     if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
         update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        rows = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
+        last = np.unique(update)[-10:]
+        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
         score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
         if not np.isnan(score).any():
             text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
         text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last 10 evaluations of {args.eval_episodes} episodes), "
+        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 
@@ -987,7 +993,7 @@ def draw_block(sampler, generators, batch_size, *noise_shapes):
 
 
 def run_updates(agent, transitions, args, index, *noise):
-    """One update per row of index (m, S, B) and noise (m, S, ...); returns the metrics of the last."""
+    """One update per row of index (m, S, B) and of what else it reads at random (m, ...); the metrics of the last."""
     for row, *row_noise in zip(index, *noise):
         metrics = update(agent, F.embedding(row, transitions), *row_noise, args)  # one gather of whole rows
     return metrics

@@ -157,6 +157,12 @@ def test_red_without_differences_is_uniform(alpha):
         np.testing.assert_allclose(iql.red_probabilities(np.array([4.0]), np.array([1]), alpha), 1)
 
 
+def test_red_with_an_infinite_floor_is_uniform():
+    """The last column of the paper's Table 3: p_base = inf, at every alpha."""
+    for alpha in (0.5, 1, math.inf):
+        np.testing.assert_allclose(iql.red_probabilities(RETURNS, LENGTHS, alpha, p_base=math.inf), 0.1)
+
+
 def make_dataset(returns=RETURNS, lengths=LENGTHS, rewards=None, first_obs=None, env_id=None):
     """A Dataset with O = 1 and A = 1: rewards spread evenly over the episode, unless given."""
     rewards = np.repeat(returns / lengths, lengths) if rewards is None else rewards
