@@ -44,7 +44,7 @@ Run:      python algorithms/bcq.py --dataset hopper/replay-v0
 BCQ-ft:   python algorithms/bcq.py --dataset hopper/replay-v0 --online-steps 250000
           python algorithms/bcq.py --resume runs/bcq/RUN --online-steps 250000
 Expected: from 13 up to 37 ± 4 in the small setting of benchmarks.md's grid bred: 20,000 updates offline, as many steps
-          online, networks of 2x64. With these defaults (grid bred_paper): not run yet.
+          online, networks of 2x64, a VAE of 2x128. With these defaults (grid bred_paper): not run yet.
 """
 
 import contextlib
@@ -991,7 +991,7 @@ class Interaction:
         return self.envs[s].reset(seed=episode_seed(self.seed + s, 0, int(self.episode_number[s]), 1))[0]
 
     def step(self, actor, noise):
-        """One step of every environment, with actor.sample(obs, noise); noise: (S, 1, A) standard normal.
+        """One step of every environment, with actor.sample(obs, noise); noise (S, ...): standard normal, as it wants.
 
         Returns [(seed, return), ...] of the episodes that end with it."""
         with torch.no_grad():

@@ -324,7 +324,7 @@ class ManyActionCritic(MLP):
         weight, bias = layers[0]
         obs_weight, action_weight = weight.split([obs.shape[-1], actions.shape[-1]], dim=1)
         x = torch.baddbmm(bias, obs, obs_weight).repeat(1, K, 1)
-        x = x.baddbmm_(actions, action_weight)  # (S * C, K * B, H), in place: this is where the memory goes
+        x = x.baddbmm_(actions, action_weight)  # (S * C, K * B, hidden units): this is where the memory goes
         for weight, bias in layers[1:-1]:
             x = torch.baddbmm(bias, x.relu_(), weight)
         weight, bias = layers[-1]
@@ -1214,7 +1214,7 @@ class Interaction:
         return self.envs[s].reset(seed=episode_seed(self.seed + s, 0, int(self.episode_number[s]), 1))[0]
 
     def step(self, actor, noise):
-        """One step of every environment, with actor.sample(obs, noise); noise: (S, 1, A) standard normal.
+        """One step of every environment, with actor.sample(obs, noise); noise (S, ...): standard normal, as it wants.
 
         Returns [(seed, return), ...] of the episodes that end with it."""
         with torch.no_grad():

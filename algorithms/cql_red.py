@@ -30,14 +30,16 @@ What differs from the papers and their code, and why.
     - The ReD paper used JaxCQL (Geng's reimplementation) and reports none of its settings: --preset jaxcql has that
       code's defaults. --preset corl has CORL's for MuJoCo, where its code makes nothing of two of its own flags
       (orthogonal weights of the policy, depth of the second critic); here they hold for all networks.
-    - The Bellman error has no factor 1/2, as in all of this code: cql_alpha is twice the paper's alpha.
-    - The soft maximum has no -log(3 n), as in all of this code: the gap is log(3 n) larger than an estimate of it would
-      be, which matters to --lagrange-gap alone. There cql_alpha multiplies G too, as in JaxCQL and CORL.
+    - The Bellman error has no factor 1/2, as in JaxCQL, CORL and the authors' code: cql_alpha is twice the paper's.
+    - The soft maximum has no -log(3 n), as in these three: the gap is T log(3 n) larger than an estimate of it would
+      be, which matters to --lagrange-gap and --gap-floor alone. With the former cql_alpha multiplies G too, as in
+      JaxCQL and CORL.
     - Actions drawn for s' are used at s, as in the authors' code: they are but one more proposal distribution.
     - Log-probabilities come from the actions before the tanh, where atanh would have lost their digits; only for logged
       actions (--bc-updates) atanh is needed, and therefore these are clipped to +-0.999.
     - R_i is the return of the whole episode as logged, before any reward transformation. The ReD code drops the last
       step of every timed-out episode; we keep its reward, and its transition where the data has its next observation.
+    - With p_base = 0 the worst episode leaves the support of the data; the run says how many transitions that are.
     - Drawing from a cached cumulative sum instead of numpy.random.choice: the same distribution, O(log N) per draw.
     - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
     - Weights and draws come from generators of each seed's own, so that a seed gives the same run alone or with others.
@@ -397,7 +399,7 @@ class ManyActionCritic(MLP):
         weight, bias = layers[0]
         obs_weight, action_weight = weight.split([obs.shape[-1], actions.shape[-1]], dim=1)
         x = torch.baddbmm(bias, obs, obs_weight).repeat(1, K, 1)
-        x = x.baddbmm_(actions, action_weight)  # (S * C, K * B, H), in place: this is where the memory goes
+        x = x.baddbmm_(actions, action_weight)  # (S * C, K * B, hidden units): this is where the memory goes
         for weight, bias in layers[1:-1]:
             x = torch.baddbmm(bias, x.relu_(), weight)
         weight, bias = layers[-1]
@@ -529,7 +531,7 @@ def update(agent, batch, random_noise, noise, next_noise, args):
 
     # critics: towards the Bellman backup; only a true end of the episode cuts the bootstrap
     with torch.no_grad():
-        next_q, best = agent.target_critic(next_obs, next_action[:, n:]).amin(1).max(1)  # (S, B); max over one action
+        next_q, best = agent.target_critic(next_obs, next_action[:, n:]).amin(1).max(1)  # (S, B); over one action, or n
         if args.backup_entropy:
             next_q = next_q - alpha * next_log_prob[:, n:].gather(1, best[:, None]).squeeze(1)
         backup = reward + args.gamma * not_terminated * next_q  # (S, B)

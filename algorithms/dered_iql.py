@@ -44,7 +44,7 @@ Reading:  the method stands above the first `# Plumbing`; below are common parts
 Run:      python algorithms/dered_iql.py --dataset hopper/replay-v0
 or:       python algorithms/iql_red.py --dataset hopper/replay-v0 --sampler uniform --run-dir runs/stage1
           python algorithms/dered_iql.py --stage1 runs/stage1
-Expected: 28 after stage 1 and 32 ± 3 in stage 2 with --num-updates 40000 --stage2-updates 20000 --hidden-sizes 128 128
+Expected: 27 ± 3 in stage 1 and 32 ± 3 in stage 2 with --num-updates 40000 --stage2-updates 20000 --hidden-sizes 128 128
           --num-seeds 3; the data's average episode: 12 (benchmarks.md, dered). The paper's million updates: not run.
 """
 
@@ -161,7 +161,7 @@ class Args:
     """with --evaluate: record each seed's first episode to RUN_DIR/videos"""
 
 
-# flags that may differ when a run goes on or is evaluated: they do not change what an update computes
+# flags that may differ when a run goes on or is evaluated; a new --stage2-updates stretches the actor's schedule, too
 RESUME_MAY_CHANGE = {"resume", "evaluate", "run_dir", "device", "stage2_updates", "eval_episodes", "eval_workers"}
 RESUME_MAY_CHANGE |= {"checkpoint_every", "log_every", "capture_video"}
 
@@ -1098,14 +1098,15 @@ def print_stages(args, run_dir, num_updates, rate):
         stage = np.where(rows[:, 0] <= args.num_updates, 1, 2)
         for n in np.unique(stage):
             update, seed, _, returns, _, scores = rows[stage == n].T
-            of_seed = [(seed == s) & np.isin(update, np.unique(update)[-10:]) for s in np.unique(seed)]
-            score, mean = ([x[last].mean() for last in of_seed] for x in (scores, returns))
+            last = np.unique(update)[-10:]
+            of_seed = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
+            score, mean = ([x[mine].mean() for mine in of_seed] for x in (scores, returns))
             text += f"stage {n}: "
             if not np.isnan(score).any():
                 text += f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f}, "
-            text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f}; "
+            text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (last {len(last)} evaluations); "
         text += f"(0: random policy, 100: expert; mean ± standard deviation over {args.num_seeds} seed(s) of the mean "
-        text += f"over the last 10 evaluations of {args.eval_episodes} episodes in the stage), "
+        text += f"over these evaluations of {args.eval_episodes} episodes), "
     print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
 
 

@@ -12,7 +12,7 @@ agents ever saw, the DQN Replay Dataset; `--save-replay` writes the same kind of
 random step on, for rem_atari.py and the other offline scripts.
 
 Objectives (S seeds, E environments per seed, B batch, A actions, M steps of replay memory per environment, C channels,
-H hidden units, K heads: one here):
+K heads: one here):
     Bellman       Q*(s, a) = E [r + gamma max over a' of Q*(s', a')]                                          DQN (1)
     loss          mean huber(Q(s, a) - y),  y = r + gamma (1 - terminal) max over a' of Q_target(s', a')      DQN (2)
     gradient      that of Q alone, y being a constant; huber(u) = u^2 / 2 if |u| <= 1, else |u| - 1/2         DQN (3)
@@ -40,8 +40,8 @@ What differs from the papers and their code, and why.
 Reading:   the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:       python algorithms/dqn_atari.py --env-id ALE/Pong-v5 --num-steps 2000000
 A dataset: python algorithms/dqn_atari.py --env-id ALE/Pong-v5 --num-steps 2000000 --save-replay my-data/pong
-Expected:  692 on MsPacman, where random play returns 237, after 100,000 steps with the flags of tests/data/README.md.
-           Millions of steps, and other games: not run yet.
+Expected:  693 on MsPacman at its best evaluation within 100,000 steps, with the flags of tests/data/README.md; random
+           play returns 237. Millions of steps, and other games: not run yet.
 """
 
 import contextlib
@@ -130,7 +130,7 @@ class Args:
     eval_every: int = 250_000
     """agent steps between evaluations"""
     eval_episodes: int = 10
-    """episodes per evaluation and seed, of unclipped rewards"""
+    """episodes per evaluation and seed, of unclipped rewards; 0: never evaluate"""
     eval_workers: int | None = None
     """processes that evaluate beside training (0: inline; default: one per seed, as far as there are cores)"""
     checkpoint_every: int = 1_000_000

@@ -22,6 +22,7 @@ Each update: value, then actor and critic with the new V, then targets (the orde
 What differs from the papers and their code, and why.
     - R_i is the return of the whole episode as logged, before any reward transformation. The ReD code drops the last
       step of every timed-out episode; we keep its reward, and its transition where the data has its next observation.
+    - With p_base = 0 the worst episode leaves the support of the data; the run says how many transitions that are.
     - Drawing from a cached cumulative sum instead of numpy.random.choice: the same distribution, O(log N) per draw.
     - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
     - exp is capped by clamping its exponent at ln 100: the same weight, no overflow.

@@ -32,16 +32,18 @@ What differs from the papers and their code, and why.
     - Spectral norms are updated once per gradient step; in the authors' code at every forward pass in training mode.
       Targets take over the vectors of power iteration, and evaluation leaves them alone.
     - The paper searched grids (Table 8) and reports the best cell of each task. A preset sets beta to a middle value,
-      and expectile to the choice of Kostrikov et al.
+      and expectile to the choice of Kostrikov et al. beta is in units of return: on hopper/replay-v0 0.5 is too
+      small for ASAC and AWAC, and 20, with which all three were measured, is not.
     - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
     - Weights, draws and noise come from generators of each seed's own, so that a seed gives the same run alone or
       among others.
 
 Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
-Run:      python algorithms/iql_scaled.py --dataset hopper/replay-v0
+Run:      python algorithms/iql_scaled.py --beta 20 --polyak 0.02 --batch-size 256 --hidden-sizes 64 64
+          --num-updates 8000
 Scaled:   python algorithms/iql_scaled.py --dataset hopper/replay-v0 --preset locomotion
-Expected: 18 ± 2 with the flags of benchmarks.md's grid scaled_iql, networks of 2x64 and 8,000 updates; the data's
-          average episode: 12. The paper's million updates: not run yet.
+Expected: 18 ± 2 by the first command (three seeds; benchmarks.md, scaled_iql); the data's average episode: 12.
+          The paper's million updates: not run yet.
 """
 
 import contextlib
@@ -94,14 +96,14 @@ class Args:
     """agents trained side by side in one batched computation (the axis S)"""
     preset: Literal["small", "mood", "antmaze", "locomotion", "locomotion-0.1"] = "small"
     """what the paper does on its testbeds: defaults of architecture, num_critics, pessimism, expectile, beta,
-    max_advantage and num_updates. small: the networks of its Table 1, as they are common elsewhere; locomotion-0.1:
+    max_advantage and num_updates. small: the networks of its Table 1 and the updates common elsewhere; locomotion-0.1:
     nine tenths of random data"""
     architecture: Literal["simple-small", "simple-large", "modern"] | None = None
     """actor and critics: 2x256 and 2x256, 5x1024 and 3x256, or the latter with residual blocks, LayerNorm and spectral
     normalisation (Table 7, Figure 6); V: 2x256, 2x1024, 2x1024"""
     hidden_sizes: tuple[int, ...] | None = None
-    """widths of the hidden layers of every network; default: the architecture's. modern: equal ones, the first and two
-    for each block"""
+    """widths of the hidden layers of every network; default: the architecture's. modern: all equal,
+    one for the first layer and two for each residual block"""
     num_critics: int | None = None
     """critics in the ensemble (the axis C)"""
     pessimism: float | None = None
@@ -335,7 +337,7 @@ class ModernMLP(MLP):
     singular values (Bjorck et al., 2021; Figure 6).
 
     Arguments and result as those of MLP, and all of its weights; the widths are equal, and their number is odd.
-    Power iteration runs, one step at a time, where gradients are taken in training mode, and nowhere else.
+    Power iteration runs, one step at a time, where gradients are taken in training mode, and 15 steps in __init__.
     """
 
     def __init__(self, lead, sizes, init, generators):

@@ -11,7 +11,7 @@ copy of the network sees in the next state. With Adam in place of the RMSProp th
 above the agent whose log it reads (the paper's median over games); rem_atari.py, ensemble_dqn_atari.py and
 qrdqn_atari.py change only the loss.
 
-Objectives (S seeds, B batch, A actions, C channels, H hidden units; heads K: one here):
+Objectives (S seeds, B batch, A actions, C channels; heads K: one here):
     Bellman       Q*(s, a) = E [r + gamma max over a' of Q*(s', a')]                                          DQN (1)
     loss          mean huber(Q(s, a) - y),  y = r + gamma (1 - terminal) max over a' of Q_target(s', a')      DQN (2)
     gradient      that of Q alone, y being a constant; huber(u) = u^2 / 2 if |u| <= 1, else |u| - 1/2         DQN (3)

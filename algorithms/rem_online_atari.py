@@ -10,11 +10,11 @@ made consistent. An episode is played with a random combination of its own, so t
 opinions from episode to episode, and evaluations use the mean of the networks. In the baseline each network is trained
 by itself, on the same minibatch, and a random one plays each episode.
 
-Objectives (S seeds, E environments per seed, B batch, A actions, K networks, M mixtures; the numbers are this file's):
+Objectives (S seeds, E environments per seed, B batch, A actions, K networks, J mixtures; the numbers are this file's):
     mixture       alpha_k = u_k / sum_j u_j,  u uniform on [0, 1];  Q = sum_k alpha_k Q_k; bootstrapped: Q = Q_k  (1)
-    targets       y = r + gamma (1 - terminal) max over a' of Q_target(s', a'), with the same alpha               (2)
+    backup        y = r + gamma (1 - terminal) max over a' of Q_target(s', a'), with the same alpha               (2)
     loss          L = mean of huber(Q(s, a) - y); huber(u) = u^2 / 2 if |u| <= 1, else |u| - 1/2                  (3)
-    copies        Q_target <- Q after every `target_every` updates
+    targets       Q_target <- Q after every `target_every` updates
 
 What differs from the papers and their code, and why.
     - Normalised uniform numbers, as in the paper and its code: not uniform over all mixtures, but closer to the mean.
@@ -119,7 +119,7 @@ class Args:
     eval_every: int = 250_000
     """agent steps between evaluations"""
     eval_episodes: int = 10
-    """episodes per evaluation and seed, of unclipped rewards"""
+    """episodes per evaluation and seed, of unclipped rewards; 0: never evaluate"""
     eval_workers: int | None = None
     """processes that evaluate beside training (0: inline; default: one per seed, as far as there are cores)"""
     checkpoint_every: int = 1_000_000
@@ -152,7 +152,7 @@ RESUME_MAY_CHANGE |= {"save_replay", "replay_transitions", "rows_per_file"}
 
 
 def mixtures_to_learn(u, args):
-    """Columns (S, K, M) of weights, (1): one mixture alpha for REM (M = 1), or each network by itself (M = K).
+    """Columns (S, K, J) of weights, (1): one mixture alpha for REM (J = 1), or each network by itself (J = K).
 
     u: uniform on [0, 1), (S, K), anew for every minibatch.
     """
@@ -342,13 +342,13 @@ def update(agent, batch, mixtures, args):
     """One gradient step of every agent; nothing in here waits for the GPU.
 
     batch: obs (S, B, 4, 84, 84) uint8, action, reward (S, B), next_obs as obs, not_terminal (S, B);
-    mixtures: (S, K, M). Returns a dict of metrics, each (S,), on the device.
+    mixtures: (S, K, J). Returns a dict of metrics, each (S,), on the device.
     """
     obs, action, reward, next_obs, not_terminal = batch
 
     # the targets, (2): the frozen networks' best action in the next state, by the mixed values
     with torch.no_grad():
-        next_q = (agent.target_network(next_obs) @ mixtures[:, None]).amax(2)  # (S, B, M)
+        next_q = (agent.target_network(next_obs) @ mixtures[:, None]).amax(2)  # (S, B, J)
         target_q = reward[..., None] + args.gamma * not_terminal[..., None] * next_q
 
     # a gradient step on the same mixtures of the taken actions' values, (3)

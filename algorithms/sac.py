@@ -15,8 +15,11 @@ Objectives (S seeds, C critics, B batch, O observation, A action; `min Q`: the s
     policy       L_pi = mean [alpha log pi(a~|s) - min Q(s, a~)],  a~ = tanh(mean + std * noise)                (7), (9)
     temperature  L_alpha = -mean log_alpha [log pi(a~|s) + target_entropy],  target_entropy = -A              (17), (18)
     targets      Q_target <- (1 - polyak) Q_target + polyak Q
+Each update: critics, policy with the new critics, temperature, targets.
 
 What differs from the paper and its code, and why.
+    - The critics' loss has no factor 1/2, which Adam does not notice.
+    - evaluations.csv and TensorBoard count environment steps; the column is called update, as in every script.
     - The temperature loss uses log_alpha in place of alpha, as all current implementations do: same sign, steadier.
     - 5,000 random steps before learning starts (the authors' code: 1,000 to 10,000, depending on the environment).
     - The replay buffer holds the whole run, since the log is what we are after; the paper keeps the last million.
@@ -25,9 +28,9 @@ What differs from the paper and its code, and why.
 
 Reading:   the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:       python algorithms/sac.py --env-id Hopper-v5 --num-steps 500000
-A dataset: python algorithms/sac.py --env-id Hopper-v5 --num-steps 500000 --save-replay my_data/replay-v0
+A dataset: python algorithms/sac.py --env-id Hopper-v5 --num-steps 500000 --save-replay my-data/replay-v0
 Expected:  9 after 20,000 steps with networks of 2x64 (benchmarks.md, grid bred). The run above, with --batch-size
-           128 --seed 1, made hopper/replay-v0: its best episode returned 3301, a score of 102.
+           128 --seed 1, thinned and behind a random start, is hopper/replay-v0: its best episode has a score of 102.
 """
 
 import contextlib
@@ -100,7 +103,7 @@ class Args:
     eval_every: int = 5_000
     """environment steps between evaluations"""
     eval_episodes: int = 10
-    """episodes per evaluation and seed, with the policy's deterministic action"""
+    """episodes per evaluation and seed, with the policy's deterministic action; 0: never evaluate"""
     eval_workers: int | None = None
     """processes that evaluate beside training (0: inline; default: one per seed, as far as there are cores)"""
     checkpoint_every: int = 50_000
@@ -268,9 +271,9 @@ def update(agent, batch, noise, args):
     with torch.no_grad():
         next_action, next_log_prob = agent.actor.sample(next_obs, noise[0])
         next_q = agent.target_critic(torch.cat([next_obs, next_action], -1)).squeeze(-1).amin(1)  # (S, B)
-        target_q = reward + args.gamma * not_terminated * (next_q - alpha * next_log_prob)
+        backup = reward + args.gamma * not_terminated * (next_q - alpha * next_log_prob)
     q = agent.critic(torch.cat([obs, action], -1)).squeeze(-1)  # (S, C, B)
-    critic_loss = (q - target_q[:, None]).square().mean(-1).sum(1)  # (S,)
+    critic_loss = (q - backup[:, None]).square().mean(-1).sum(1)  # (S,)
     agent.optimizers["critic"].minimize(critic_loss.sum())  # sum over S: seeds never mix
 
     # policy, eqs. (7), (9)
@@ -789,7 +792,8 @@ def main():
     check_range(
         args, 1, math.inf, "eval_every", "checkpoint_every", "log_every", "replay_transitions", "num_rollout_steps"
     )
-    check_range(args, 0, math.inf, "seed", "learning_rate", "eval_episodes", "eval_workers")
+    check_range(args, 0, 2**32 - 1, "seed")
+    check_range(args, 0, math.inf, "learning_rate", "eval_episodes", "eval_workers")
     check_range(args, 0, 1, "gamma", "polyak")
     if args.evaluate:
         return evaluate_run(args, SACAgent)
@@ -887,7 +891,7 @@ def main():
             if terminated or truncated:
                 ends[s, t, e] = 1 if terminated else 2
                 episode_number[s, e] += 1
-                writer.add_scalar(f"train/return_seed{args.seed + s}", episode_return[s, e], t * E)
+                writer.add_scalar(f"train/return_seed{args.seed + s}", episode_return[s, e], (t + 1) * E)
                 obs[s, e], episode_return[s, e] = reset(s, e), 0
         replay[:, t] = torch.from_numpy(rows).to(device)
         t += 1
@@ -943,7 +947,8 @@ def main():
         returns = [float(reward.sum()) for _, _, reward, _, _ in episodes]
         references = references or (min(returns), max(returns))
         save_minari(args.save_rollouts, episodes, environment, references, f"Rollouts of the last policy: {command}")
-    print_result(args, run_dir, T * E, rate)
+    num_updates = E * sum(n * E >= args.learning_starts for n in range(1, T + 1))
+    print_result(args, run_dir, num_updates, rate * num_updates / (T * E))
 
 
 if __name__ == "__main__":

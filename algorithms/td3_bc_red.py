@@ -31,6 +31,7 @@ What differs from the papers and their code, and why.
       live in the actor, so that a saved policy takes observations as the environment gives them.
     - R_i is the return of the whole episode as logged, before any reward transformation. The ReD code drops the last
       step of every timed-out episode; we keep its reward, and its transition where the data has its next observation.
+    - With p_base = 0 the worst episode leaves the support of the data; the run says how many transitions that are.
     - Drawing from a cached cumulative sum instead of numpy.random.choice: the same distribution, O(log N) per draw.
     - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
     - Weights, draws and noise come from generators of each seed's own, so that a seed gives the same run alone or

@@ -380,7 +380,7 @@ def test_curves_go_on_along_the_updates(unbroken):
     events.Reload()
     ends = checkpoint_of(run_dir)["online"]["ends"]
     for s in range(2):
-        steps = [e.step for e in events.Scalars(f"online/return_seed{3 + s}")]
+        steps = [e.step for e in events.Scalars(f"train/return_seed{3 + s}")]
         assert steps == (131 + ends[s].nonzero().flatten()).tolist()
 
 

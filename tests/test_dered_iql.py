@@ -640,7 +640,8 @@ def test_each_stage_has_its_own_last_ten_evaluations(num_evaluations, tmp_path, 
     dered.print_stages(args, tmp_path, 200, 7.0)
     (line,) = capsys.readouterr().out.splitlines()
     for stage, update in enumerate(per_stage, 1):
-        expected = f"stage {stage}: normalised score {2 * (update or 0) + 5:.1f} ± 5.0, return {update or 0:.1f} ± 0.0;"
+        expected = f"stage {stage}: normalised score {2 * (update or 0) + 5:.1f} ± 5.0, return {update or 0:.1f} ± 0.0 "
+        expected += f"(last {min(10, num_evaluations[stage - 1])} evaluations);"
         assert (expected in line) == (update is not None), line
         assert (f"stage {stage}: " in line) == (update is not None)
 
@@ -648,7 +649,7 @@ def test_each_stage_has_its_own_last_ten_evaluations(num_evaluations, tmp_path, 
 def test_last_line_without_scores_and_without_evaluations(tmp_path, capsys):
     (tmp_path / "evaluations.csv").write_text("update,seed,episode,return,length,normalized_score\n5,0,0,3.0,1,nan\n")
     dered.print_stages(dered.Args(num_updates=2, stage2_updates=3), tmp_path, 5, 7.0)
-    assert capsys.readouterr().out.startswith("stage 2: return 3.0 ± 0.0; ")
+    assert capsys.readouterr().out.startswith("stage 2: return 3.0 ± 0.0 (last 1 evaluations); ")
     dered.print_stages(dered.Args(eval_episodes=0), tmp_path, 5, 7.0)
     assert capsys.readouterr().out.startswith("5 updates, ")
 
