@@ -989,6 +989,7 @@ GRIDS = {
         for cell in atari_cells("atari_small_eps", ATARI_VARIANTS, 3, 6_000, small_atari(step_size, eps))
         if cell.variant in variants
     ],
+    "atari_longer": atari_cells("atari_longer", ATARI_VARIANTS, 3, 12_000, small_atari("2.5e-4", "1e-6"))[2:3],
     "atari_paper": atari_cells(
         "atari_paper",
         ATARI_VARIANTS
@@ -1053,9 +1054,10 @@ SCALED += (
 TITLES = {
     "atari": "Offline agents on the embedded log, convolutions 16-32-32, 3 episodes an evaluation (REM's Table 1).",
     "atari_large_steps": "The same with a step size of 1e-3 instead of 2.5e-4.",
-    "atari_small_eps": "REM and Ensemble-DQN with Adam's eps at 1e-6, below the gradients of 200 heads, and not at "
-    "1.5e-4, above them; QR-DQN with its paper's step size of 5e-5.",
-    "atari_paper": "The same with the paper's networks and flags, a tenth of its updates; for a GPU.",
+    "atari_small_eps": "As the grid atari, but REM and Ensemble-DQN with Adam's eps at 1e-6 (the gradients of their 200 "
+    "heads are below 1.5e-4), and QR-DQN with the REM code's step size of 5e-5.",
+    "atari_longer": "As the grid atari_small_eps, with twice the updates.",
+    "atari_paper": "The agents of the grid atari with the paper's networks and flags, a tenth of its updates; for a GPU.",
     "scaled": f"ASAC; {SCALED}",
     "scaled_beta": "The small networks with three temperatures of the advantages.",
     "scaled_awac": "AWAC in the same setting.",
