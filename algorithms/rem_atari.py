@@ -120,7 +120,7 @@ class Args:
     learning_rate: float = 5e-5
     """Adam step size"""
     optimizer_eps: float = 0.01 / 32
-    """Adam's epsilon"""
+    """Adam's epsilon; every head has about a K-th of the gradient, so that short runs want it smaller (1e-6)"""
     optimizer_style: Literal["tensorflow", "torch"] = "tensorflow"
     """where Adam has its epsilon: as in the paper's TensorFlow, or as in torch"""
     gamma: float = 0.99
