@@ -64,7 +64,8 @@ Run:      python algorithms/bred.py --dataset hopper/replay-v0
 CQL-ft:   python algorithms/bred.py --num-agents 1 --replay uniform --first-updates 1000
 Ablation: python algorithms/bred.py --offline runs/bred/RUN --replay online-only
 Expected: from 20 to 23 ± 9, and from 4 to 26 ± 3 on halfcheetah/replay-v0, in the small setting of benchmarks.md's grid
-          bred: 20,000 updates offline, as many steps online, networks of 2x64, N = 2. With these defaults (grid bred_paper): not run yet.
+          bred: 20,000 updates offline, as many steps online, networks of 2x64, N = 2. With these defaults (grid
+          bred_paper): not run yet.
 """
 
 import contextlib

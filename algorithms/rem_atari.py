@@ -38,8 +38,8 @@ What differs from the papers and their code, and why.
 
 Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/rem_atari.py --dataset atari/mspacman
-Expected: -4 ± 8, level with random play (0), on atari/mspacman by the flags of benchmarks.md's grid atari_longer, 12,000
-          updates of a small network. The paper's millions of updates: not run yet.
+Expected: -4 ± 8, level with random play (0), on atari/mspacman by the flags of benchmarks.md's grid atari_longer,
+          12,000 updates of a small network. The paper's millions of updates: not run yet.
 """
 
 import contextlib
