@@ -1054,8 +1054,8 @@ SCALED += (
 TITLES = {
     "atari": "Offline agents on the embedded log, convolutions 16-32-32, 3 episodes an evaluation (REM's Table 1).",
     "atari_large_steps": "The same with a step size of 1e-3 instead of 2.5e-4.",
-    "atari_small_eps": "As the grid atari, but REM and Ensemble-DQN with Adam's eps at 1e-6 (gradients of 200 heads "
-    "are below 1.5e-4), and QR-DQN with the REM code's step size of 5e-5.",
+    "atari_small_eps": "As the grid atari, but REM and Ensemble-DQN with Adam's eps at 1e-6 (each of 200 heads has "
+    "a 200th of the gradient), and QR-DQN with the REM code's step size of 5e-5.",
     "atari_longer": "As the grid atari_small_eps, with twice the updates.",
     "atari_paper": "The grid atari's agents with the paper's networks and flags, a tenth of its updates; for a GPU.",
     "scaled": f"ASAC; {SCALED}",
