@@ -6,25 +6,25 @@ Q-Learning", 2021, arXiv:2110.06169 (IQL).
 
 Idea. An offline algorithm is held close to the policy that logged the data, and so to its failures
 too. ReD draws every transition with a probability that grows with the return of its episode: the
-support of the data stays what it was, and the policy that the algorithm is held close to becomes a
-better one. IQL asks for the value of logged actions only: V is an upper expectile of Q over them,
-Q regresses to r + gamma V, and the actor clones them, the better the more.
+support of the data stays what it was (but for the worst episode, where p_base is 0), and the policy
+that the algorithm is held close to becomes a better one. IQL asks for the value of logged actions
+only: V is an upper expectile of Q over them, Q regresses to r + gamma V, and the actor clones them,
+the better the more.
 
-Objectives. Shapes: S seeds, C critics, B batch, O observation, A action, N transitions, E episodes.
-min Q is the smaller of the two critics, w = |tau - 1[u < 0]| with tau = --expectile.
+Objectives, by the papers' equation numbers. Shapes: S seeds (agents side by side), C critics,
+B batch, O observation, A action, N transitions, E episodes. min Q is the smaller of two critics.
     sampler   p(i) = (R_i - R_min) / (R_max - R_min) + p_base,  P(i) = p(i)^alpha / sum_k p(k)^alpha
               where R_i is the return of i's episode                                    ReD (2), (1)
-    value     L_V  = mean w u^2,  u = min Q_target(s, a) - V(s)                         IQL (5)
+    value     L_V  = mean |tau - 1[u < 0]| u^2,  u = min Q_target(s, a) - V(s)          IQL (5)
     critic    L_Q  = sum over C of mean (r + gamma (1 - terminated) V(s') - Q(s, a))^2  IQL (6)
     actor     L_pi = -mean min(exp(beta (min Q_target(s, a) - V(s))), 100) log pi(a|s)  IQL (7)
     targets   Q_target <- (1 - target_update_rate) Q_target + target_update_rate Q
 
 What differs from the papers and their code, and why.
     - R_i is the return of the whole episode as logged, before any reward transformation. The ReD
-      code drops the last step of each timed-out episode; here its reward counts, and so does its
-      transition where s' is in the data.
+      code drops the last step of each timed-out episode; here its reward counts, and its transition
+      too, if the data has s'.
     - Bootstrapping goes on through time limits (truncation) and ends at true ends (termination).
-    - With p_base = 0 the worst episode is never drawn, as (2) says.
     - The score printed last is the mean of the last ten evaluations; the papers' AntMaze scores are
       the last evaluation alone. Minari's AntMaze, PointMaze and Kitchen go on after success, so their
       returns are not D4RL's 0/1.
@@ -66,17 +66,19 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays as one CUDA graph
-DRAWS = 1  # what random numbers are for: they are a function of seed, purpose and update,
-EVALUATION = 2  # so that no generator's state has to be saved; never 0, which numpy ignores
+# Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
+# Purposes are never 0, because numpy ignores zeros at the end
+DRAWS = 1
+EVALUATION = 2
 
 
 @dataclass
 class Args:
     dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids or folders, D4RL files; `ID:0.1`: a tenth of them
-    env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: the first dataset's
+    env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: of the first dataset
     seed: int = 0  # first seed; agent s uses seed + s
     num_seeds: int = 1  # agents trained side by side in one batched computation
-    sampler: Literal["uniform", "red", "reward", "top10"] = "red"  # uniform: plain IQL; top10: the best tenth
+    sampler: Literal["uniform", "red", "reward", "top10"] = "red"  # by return (red), reward, or only the best tenth
     red_alpha: float = 1.0  # ReD's exponent alpha; 0 is uniform
     p_base: float = 0.0  # ReD's floor under the normalised return
     num_updates: int = 1_000_000  # gradient steps
@@ -99,9 +101,9 @@ class Args:
     capture_video: bool = False  # film the evaluations (on a machine without screen: MUJOCO_GL=egl)
 
     def __post_init__(self):
-        # as tuples, of which JSON makes lists; files by full path, so that a run goes on from anywhere
-        self.hidden_sizes = tuple(self.hidden_sizes)
-        self.dataset = tuple(os.path.abspath(x) if os.path.exists(x.partition(":")[0]) else x for x in self.dataset)
+        self.hidden_sizes = tuple(self.hidden_sizes)  # JSON makes a list of it
+        exists = lambda name: os.path.exists(name.partition(":")[0])  # files by full path, to go on from anywhere
+        self.dataset = tuple(os.path.abspath(name) if exists(name) else name for name in self.dataset)
         rates = self.gamma, self.expectile, self.target_update_rate, self.dropout
         if not all(0 <= rate <= 1 for rate in rates):
             sys.exit("error: gamma, expectile, target_update_rate and dropout are rates; give numbers in [0, 1]")
@@ -111,19 +113,19 @@ class Args:
 
 
 # The idea: draw good episodes more often ----------------------------------------------------------
+def red_probabilities(x, alpha=1.0, p_base=0.0):
+    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode."""
+    if spread(x) == 0:
+        return np.full(len(x), 1 / len(x))
+    p = (x - x.min()) / spread(x) + p_base  # ReD (2)
+    p = (p / p.max()) ** alpha  # at most 1, so that no exponent overflows
+    return p / p.sum()  # ReD (1)
+
+
 def spread(x):
     """Largest less smallest of x, and 0 where they differ by rounding only."""
     span = np.ptp(x)
     return span if span > 1e-9 * np.abs(x).max() else 0.0
-
-
-def red_probabilities(returns, alpha=1.0, p_base=0.0):
-    """ReD's P(i) of N transitions, (N,), from the return of each one's episode, (N,)."""
-    if spread(returns) == 0:
-        return np.full(len(returns), 1 / len(returns))
-    p = (returns - returns.min()) / spread(returns) + p_base  # ReD (2)
-    p = (p / p.max()) ** alpha  # at most 1, so that no exponent overflows
-    return p / p.sum()  # ReD (1)
 
 
 def sampling_probabilities(data, args):
@@ -132,9 +134,9 @@ def sampling_probabilities(data, args):
     if args.sampler == "red":
         return red_probabilities(returns, args.red_alpha, args.p_base)
     if args.sampler == "reward":
-        return red_probabilities(np.float64(data.reward), args.red_alpha, args.p_base)
+        return red_probabilities(data.reward.astype(np.float64), args.red_alpha, args.p_base)
     if args.sampler == "top10":
-        best = returns >= np.quantile(returns, 0.9)
+        best = returns >= np.quantile(returns, 0.9)  # a tenth of the transitions, by their episodes
         return best / best.sum()
     return np.full(len(returns), 1 / len(returns))
 
@@ -146,9 +148,9 @@ class Sampler:
         cdf = np.cumsum(probabilities)  # in float64: float32 is off by 1 % after a million terms
         self.cdf = torch.from_numpy(cdf / cdf[-1]).to(device)
 
-    def draw(self, seeds, num_updates, batch_size):
-        """Transitions (CHUNK, S, B) for the updates after num_updates; each seed draws its own."""
-        generators = [np.random.default_rng((seed, DRAWS, num_updates)) for seed in seeds]
+    def draw(self, seeds, step, batch_size):
+        """Transitions (CHUNK, S, B) for the updates from `step` on; each seed draws its own."""
+        generators = [np.random.default_rng((seed, DRAWS, step)) for seed in seeds]
         uniforms = [generator.random((CHUNK, batch_size)) for generator in generators]
         uniforms = torch.from_numpy(np.stack(uniforms, axis=1))
         if self.cdf.is_cuda:
@@ -159,26 +161,26 @@ class Sampler:
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def orthogonal(weight, bias, generator):
-    """First values of a layer, weight (in, out) and bias (1, out), as in the IQL authors' code."""
+    """First values of any layer, also the last: weight (in, out), bias (1, out), as in the IQL authors' code."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)  # sqrt(2): ReLUs halve the variance
     bias.zero_()
 
 
 class MLP(nn.Module):
-    """S * C independent ReLU networks side by side: weights (S * C, in, out), one batched product a layer."""
+    """S * C independent networks side by side: weights (S * C, in, out), one batched product a layer."""
 
-    def __init__(self, sizes, init, generators, C=1, dropout=0.0):
+    def __init__(self, sizes, init, generators, C=1, activation=torch.relu_):
         super().__init__()
         self.C = C
-        self.dropout = dropout
+        self.activation = activation
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for fan_in, fan_out in zip(sizes, sizes[1:]):
             weight = torch.empty(len(generators) * C, fan_in, fan_out)
             bias = torch.empty(len(generators) * C, 1, fan_out)
             for i in range(len(weight)):
-                init(weight[i], bias[i], generators[i // C])
-            self.weights.append(weight)
+                init(weight[i], bias[i], generators[i // C])  # views, filled in place
+            self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
 
     def forward(self, x):
@@ -187,14 +189,12 @@ class MLP(nn.Module):
             x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             if i > 0:
-                x = x.relu_()
-                if self.dropout > 0:
-                    x = nn.functional.dropout(x, self.dropout, self.training)
+                x = self.activation(x)
             if weight.shape[-1] > 1:
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
-        return x.unflatten(0, (-1, self.C)).squeeze(1)
+        return x.unflatten(0, (-1, self.C)).squeeze(1)  # no C where it is 1
 
 
 class GaussianActor(nn.Module):
@@ -203,7 +203,8 @@ class GaussianActor(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden_sizes, generators, dropout):
         super().__init__()
         sizes = [obs_dim, *hidden_sizes, action_dim]
-        self.net = MLP(sizes, orthogonal, generators, dropout=dropout)
+        activation = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(dropout))
+        self.net = MLP(sizes, orthogonal, generators, activation=activation)
         self.log_std = nn.Parameter(torch.zeros(len(generators), 1, action_dim))
 
     def forward(self, obs):
@@ -232,26 +233,25 @@ class Agent(nn.Module):
         self.optimizers = {}
         for name in ("value", "actor", "critic"):
             parameters = getattr(self, name).parameters()
-            rate = torch.tensor(args.learning_rate, device=args.device)  # a number would be recorded
+            rate = torch.tensor(args.learning_rate, device=args.device)  # a CUDA graph would keep a number
             adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
             self.optimizers[name] = adam
 
 
 # The update ---------------------------------------------------------------------------------------
 def minimize(loss, optimizer):
-    """One step on the optimizer's own parameters."""
+    """One step on the optimizer's own parameters; no other parameter gets a gradient."""
     parameters = optimizer.param_groups[0]["params"]
-    gradients = torch.autograd.grad(loss, parameters)  # unlike backward(), touches no other parameter
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
+    loss.backward(inputs=parameters)
     optimizer.step()
     for parameter in parameters:
-        parameter.grad = None  # the next step reuses its memory while the cache has it
+        parameter.grad = None  # faster than zero_grad
 
 
 def update(agent, obs, action, reward, next_obs, not_terminated, args):
     """One gradient step of every agent on obs (S, B, O), action (S, B, A), reward (S, B), next_obs (S, B, O) and
-    not_terminated (S, B). Returns what to log, (S,) each, still on the device: nothing here waits for a GPU."""
+    not_terminated (S, B), never (S, B, 1), which would broadcast. Returns what to log the mean of, still on the
+    device: nothing here waits for a GPU."""
     obs_action = torch.cat([obs, action], -1)
 
     # value: an upper expectile of Q over the logged actions, IQL (5). Errors above V weigh `expectile`,
@@ -259,11 +259,11 @@ def update(agent, obs, action, reward, next_obs, not_terminated, args):
     with torch.no_grad():
         target_q = agent.target_critic(obs_action).squeeze(-1).amin(1)  # (S, B)
     u = target_q - agent.value(obs).squeeze(-1)
-    weight = torch.where(u < 0, 1 - args.expectile, args.expectile)
+    weight = (args.expectile - 1.0 * (u < 0)).abs()
     value_loss = (weight * u.square()).mean(-1)  # (S,)
     minimize(value_loss.sum(), agent.optimizers["value"])  # sum over S: seeds never mix
     with torch.no_grad():  # actor and critics see the new V
-        values = agent.value(torch.cat([obs, next_obs], 1)).squeeze(-1)
+        values = agent.value(torch.cat([obs, next_obs], 1)).squeeze(-1)  # one product for both
         value, next_value = values.chunk(2, dim=1)  # (S, B) each
 
     # actor: clone the logged actions, the better the more, IQL (7)
@@ -288,16 +288,16 @@ def update(agent, obs, action, reward, next_obs, not_terminated, args):
         "loss/value": value_loss.detach(),
         "loss/actor": actor_loss.detach(),
         "loss/critic": critic_loss.detach(),
-        "value/v": value.mean(-1),
-        "value/q": q.detach().mean((1, 2)),
-        "value/advantage_weight": advantage_weight.mean(-1),
+        "value/v": value,
+        "value/q": q.detach(),
+        "value/advantage_weight": advantage_weight,
     }
 
 
 # Plumbing of the offline scripts: data ------------------------------------------------------------
 class Data(NamedTuple):
-    """N transitions of E episodes, one after the other; nothing changes them in place. Who fills this
-    with arrays of his own can delete what follows, down to `load_data`."""
+    """N transitions of E episodes, one after the other; nothing changes them in place. For arrays of your own
+    write a `load_data` that returns them, and delete everything from here to the next heading."""
 
     obs: np.ndarray  # (N, O)
     action: np.ndarray  # (N, A), in [-1, 1]
@@ -305,9 +305,9 @@ class Data(NamedTuple):
     next_obs: np.ndarray  # (N, O)
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
-    lengths: np.ndarray  # (E,), numbers of transitions
-    spec: gym.envs.registration.EnvSpec | None  # what evaluations run in
-    references: tuple[float, float]  # returns that score 0 and 100
+    lengths: np.ndarray  # (E,), numbers of transitions, N together
+    spec: gym.envs.registration.EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
+    references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
 # D4RL's returns of a random and of an expert policy (Fu et al., 2020)
@@ -338,7 +338,7 @@ def find_dataset(name):
 
 
 def flatten(space, x):
-    """Values x of a space, stacked along time, as (T, D)."""
+    """Values x of a space, stacked along time (those of a Dict by key), as (T, D)."""
     steps = gym.vector.utils.iterate(gym.vector.utils.batch_space(space), x)
     flat = [gym.spaces.flatten(space, step) for step in steps]
     return np.reshape(flat, (-1, gym.spaces.flatdim(space)))
@@ -347,7 +347,7 @@ def flatten(space, x):
 def read_minari(folder):
     """Episodes (obs, action, reward, next_obs, terminated), observation space, action space, metadata."""
     metadata = json.loads((folder / "metadata.json").read_text())
-    if not {"observation_space", "action_space"} <= metadata.keys():  # Minari would run code
+    if not {"observation_space", "action_space"} <= metadata.keys():  # Minari would make the environment
         sys.exit(f"error: {folder} does not tell its spaces; write both to metadata.json")
     dataset = minari.MinariDataset(folder)
     episodes = []
@@ -371,8 +371,8 @@ def read_d4rl(path):
         sys.exit(f"error: {path} needs {sorted(needed)}; a Minari dataset is named by its folder")
     obs = columns["observations"]
     action = columns["actions"].reshape(len(obs), -1)
-    if action.dtype.kind != "f" or np.abs(action).max() > 1 + 1e-6:
-        sys.exit(f"error: {path} has actions that are discrete or leave [-1, 1]; convert them")
+    if action.dtype.kind != "f":
+        sys.exit(f"error: {path} has discrete actions; these scripts need continuous ones")
     terminated = columns["terminals"].ravel().astype(bool)
     ended = terminated | columns.get("timeouts", terminated).ravel().astype(bool)
     limit = len(obs) if "timeouts" in columns else 1000  # of the three tasks
@@ -421,7 +421,7 @@ def evaluation_spec(path, obs_space, action_space, metadata, env_id):
                 sys.exit(f"error: {path} would run {part['entry_point']}; give --env-id")
         env = minari.MinariDataset(path).recover_environment(eval_env=True)
     else:
-        sys.exit(f"error: {path} names no environment; give --env-id, or --eval-episodes 0")
+        return None, None
 
     same_sizes = sizes(env.observation_space) == sizes(obs_space)
     if not same_sizes or not np.array_equal(bounds(env.action_space), bounds(action_space)):
@@ -434,7 +434,7 @@ def evaluation_spec(path, obs_space, action_space, metadata, env_id):
         references = REFERENCES.get(env.spec.id.split("-")[0], (np.nan, np.nan))
     as_data = partial(gym.spaces.flatten, obs_space)
     flat_space = gym.spaces.flatten_space(obs_space)
-    spec = gym.wrappers.TransformObservation(env, as_data, flat_space).spec  # a copy
+    spec = gym.wrappers.TransformObservation(env, as_data, flat_space).spec  # a copy that lists all wrappers
     spec.kwargs.pop("render_mode", None)  # no window
     spec.max_episode_steps = spec.max_episode_steps or 10_000  # or an episode may never end
     env.close()
@@ -476,10 +476,7 @@ def load_data(args):
         sys.exit(f"error: the datasets differ in their dimensions (O, A): {sorted(dims)}")
     lengths = [len(obs) for obs, *_ in transitions]
     columns = [np.concatenate(column) for column in zip(*transitions)]
-    columns += np.array(returns), np.array(lengths)
-    if not all((np.abs(column) < 1e18).all() for column in columns):  # squares must not overflow
-        sys.exit("error: the data has NaN, infinite or huge values; clean it first")
-    return Data(*columns, spec, references)
+    return Data(*columns, np.array(returns), np.array(lengths), spec, references)
 
 
 # Plumbing of all scripts: evaluation, run folder --------------------------------------------------
@@ -498,9 +495,9 @@ def start_worker():
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def run_episode(policy, spec, references, run_dir, seeds, num_updates, episode):
-    """One episode of every seed, rows (S, 6). policy: any module (S, 1, O) -> (S, 1, A), pickled."""
-    policy = pickle.loads(policy)
+def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode):
+    """One episode of every seed, rows (S, 6). The policy is any module (S, 1, O) -> (S, 1, A)."""
+    policy = pickle.loads(pickled)
     wrappers = [
         gym.wrappers.FlattenObservation,
         lambda env: gym.wrappers.RescaleAction(env, -1, 1),
@@ -577,10 +574,9 @@ def run_folder(args):
 def open_run_dir(run_dir, args):
     """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    flags = asdict(args)
-    del flags["device"]  # a run may go on elsewhere
-    versions = {x: version(x) for x in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
-    config = {"command": sys.argv, "args": flags, "versions": versions}
+    versions = {x: version(x) for x in ("torch", "numpy", "gymnasium", "mujoco", "minari")}  # of what you have
+    config = {"command": sys.argv, "args": asdict(args), "versions": versions}
+    del config["args"]["device"]  # a run may go on elsewhere
     (run_dir / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -630,17 +626,22 @@ class CudaGraph:
 def main():
     args = tyro.cli(Args)
     if args.evaluate or args.resume:  # the run's flags, then those of this call
-        path = Path(args.evaluate or args.resume, "config.json")
-        config = json.loads(path.read_text())
+        config = json.loads(Path(args.evaluate or args.resume, "config.json").read_text())
         args = tyro.cli(Args, default=Args(**config["args"]))
     seeds = range(args.seed, args.seed + args.num_seeds)
     data = load_data(args)
+    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # squares must not overflow
+        sys.exit("error: the data has NaN, infinite or huge values; clean it first")
+    if np.abs(data.action).max() > 1 + 1e-6:
+        sys.exit("error: there are actions outside their bounds; clip or rescale them")
+    if args.eval_episodes and not data.spec:
+        sys.exit("error: the data names no environment; give --env-id, or --eval-episodes 0")
 
     # the method's own lines, which a copied `update` needs too
     probabilities = sampling_probabilities(data, args)
     reward = data.reward
     if args.reward_transform == "scale":
-        reward = reward * (1000 / (spread(data.returns) or 1000))
+        reward = reward * (1000 / (spread(data.returns) or 1000))  # returns all equal: as they are
     elif args.reward_transform == "shift":
         reward = reward - 1
     action = data.action.clip(-1 + 1e-5, 1 - 1e-5)  # as IQL's authors do: tanh never gets to 1
@@ -668,7 +669,7 @@ def main():
     run_dir = run_folder(args)
     rows = np.empty((0, len(ROW)))
     first = 0
-    if args.evaluate or args.resume and (run_dir / "checkpoint.pt").exists():
+    if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
         rows, first = load(run_dir / "checkpoint.pt", agent)
     if first > args.num_updates:
         sys.exit(f"error: {run_dir} has {first} updates already; give a larger --num-updates")
@@ -680,8 +681,7 @@ def main():
     def start_evaluation(num_updates):
         frozen = pickle.dumps(copy.deepcopy(policy).cpu().eval())
         job = frozen, data.spec, data.references, run_dir, seeds, num_updates
-        episodes = range(args.eval_episodes)
-        return [pool.submit(run_episode, *job, episode) for episode in episodes]
+        return [pool.submit(run_episode, *job, episode) for episode in range(args.eval_episodes)]
 
     if args.evaluate:
         jobs = start_evaluation(2**31)  # episodes that no run has seen
@@ -689,31 +689,30 @@ def main():
         print(f"policies of update {first:,}: {summary(rows, args.num_seeds)}")
         return
 
-    open_run_dir(run_dir, args)
     returns = np.repeat(data.returns, data.lengths)
-    drawn = np.random.default_rng(0).choice(returns, 100_000, p=probabilities)
+    drawn = np.random.default_rng(0).choice(returns, 100_000, p=probabilities)  # refuses what is no distribution
+    open_run_dir(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
     writer.add_histogram("data/return_of_episodes", data.returns, 0)
     writer.add_histogram("data/return_of_transitions", returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
-    env_id = data.spec.id if data.spec else "no environment"
-    print(f"{len(returns):,} transitions of {len(data.returns):,} episodes, evaluated in {env_id}")
+    print(f"{len(returns):,} transitions of {len(data.returns):,} episodes")
     print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
     @CudaGraph
     def learn(batches):  # one update for each batch of batches (CHUNK, S, B)
-        rows = nn.functional.embedding(batches, transitions)  # a gather, faster than indexing
-        obs, action, reward, next_obs, not_terminated = rows.split(widths, dim=-1)
-        columns = obs, action, reward.squeeze(-1), next_obs, not_terminated.squeeze(-1)
-        for batch in zip(*columns):
+        batches = nn.functional.embedding(batches, transitions)  # a gather, faster than indexing
+        obs, action, reward, next_obs, not_terminated = batches.split(widths, dim=-1)
+        for batch in zip(obs, action, reward.squeeze(-1), next_obs, not_terminated.squeeze(-1)):
             metrics = update(agent, *batch, args)
-        return metrics
+        return metrics  # of the last update
 
-    jobs = start_evaluation(first) if first else []  # the one that was under way is run again
+    jobs = []
+    if first:
+        jobs = start_evaluation(first)  # the one that was under way
     started = time.time()
-    steps = range(first, args.num_updates, CHUNK)
-    for step in tqdm(steps, mininterval=1, unit_scale=CHUNK):
+    for step in tqdm(range(first, args.num_updates, CHUNK), mininterval=1, unit_scale=CHUNK):
         batches = sampler.draw(seeds, step, args.batch_size)
         torch.manual_seed(10**9 * (args.seed + 1) + step)  # of dropout
         agent.optimizers["actor"].param_groups[0]["lr"].fill_(actor_rate(step))
@@ -733,7 +732,7 @@ def main():
     rows = report(rows, jobs, run_dir, writer)
     writer.close()
     result = summary(rows, args.num_seeds)
-    print(f"{result}; {args.num_updates:,} updates, {speed:.0f}/s per seed; folder {run_dir}")
+    print(f"{result}; {args.num_updates:,} updates, {speed:.0f}/s per seed; run folder {run_dir}")
 
 
 if __name__ == "__main__":
