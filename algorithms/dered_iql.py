@@ -1,1248 +1,792 @@
-"""DeReD on IQL: learn from all data, then fine-tune the networks' first layers on data rebalanced by return.
+"""DeReD on IQL: learn from all data, then fine-tune the backbones on data rebalanced by return.
 
-Papers: Y. Yue, B. Kang, X. Ma, Z. Xu, G. Huang, S. Yan, "Boosting Offline Reinforcement Learning via Data Rebalancing",
-2022, arXiv:2210.09241 (ReD, DeReD); I. Kostrikov, A. Nair, S. Levine, "Offline Reinforcement Learning with Implicit
-Q-Learning", 2021, arXiv:2110.06169 (IQL); Z.-W. Hong et al., "Harnessing Mixed Offline Reinforcement Learning Datasets
-via Trajectory Weighting", 2023 (the samplers aw and rw).
+Papers: Y. Yue et al., "Boosting Offline Reinforcement Learning via Data Rebalancing", 2022,
+arXiv:2210.09241 (ReD, DeReD); I. Kostrikov et al., "Offline Reinforcement Learning with Implicit
+Q-Learning", 2021, arXiv:2110.06169 (IQL).
 
-Idea. ReD draws each transition with a probability that grows with the return of its episode. Where rewards are sparse
-and late, this takes from the critics the failures that make a success stand out, and the paper finds that ReD can do
-harm there. DeReD (section 4.2, appendix A.1) decouples the two. Stage 1 is plain IQL on uniform draws. Stage 2 goes on
-from its networks with ReD's draws, at a tenth of the step size, and moves only their trunks (all layers but the last):
-features adapt to the good episodes, while the heads keep what they have learned from all of them. (Decoupling comes
-from long-tailed classification, which trains the head again. Here it is the trunk, on purpose: the authors suspect that
-rebalancing helps to learn features rather than values.)
+Idea. ReD draws every transition with a probability that grows with the return of its episode. Where
+rewards are sparse and late, this takes from the critics the failures that make a success stand out.
+DeReD (section 4.2, appendix A.1) decouples the two. Stage 1 is IQL on uniform draws. Stage 2 goes on
+with ReD's draws, at a tenth of the step size, and moves only the backbone of each network, which is
+all layers but the last: features adapt to good episodes, heads keep what they learned from all.
 
-Objectives (S seeds, C critics, B batch, O observation, A action, N transitions; `min Q`: the smallest of the critics):
-    sampler   p(i) = (R_i - R_min) / (R_max - R_min) + p_base,  P(i) = p(i)^alpha / sum_k p(k)^alpha   ReD (2), (1)
-    value     L_V  = mean |expectile - 1[u < 0]| u^2,  u = min Q_target(s, a) - V(s)                   IQL (5)
-    critic    L_Q  = sum over C of mean (r + gamma (1 - terminated) V(s') - Q(s, a))^2                 IQL (6)
-    actor     L_pi = -mean min(exp(beta (min Q_target(s, a) - V(s))), 100) log pi(a|s)                 IQL (7)
-    targets   Q_target <- (1 - polyak) Q_target + polyak Q
-Each update, in both stages: value, then actor and critic with the new V, then targets (the order of the IQL authors'
-code). Stage 1 draws with P(i) = 1 / N and moves every parameter; stage 2 draws with P(i) as above and moves the trunks
-of V, Q and actor, along gradients that pass through their frozen heads.
+Objectives, by the papers' equation numbers. Shapes: S seeds (agents side by side), C critics,
+B batch, O observation, A action, N transitions, E episodes. min Q is the smaller of two critics.
+    stage 1   P(i) = 1 / N; every parameter moves
+    stage 2   p(i) = (R_i - R_min) / (R_max - R_min) + p_base,  P(i) = p(i)^alpha / sum_k p(k)^alpha
+              where R_i is the return of i's episode; backbones move             ReD (2), (1)
+    both      value, actor, critic, targets as in iql_red.py                     IQL (5), (7), (6)
 
 What differs from the papers and their code, and why.
-    - Where the paper says "0.1x learning rate" and no more, stage 2 follows the authors' code: new Adams; V and Q at a
-      constant step size; the actor's rises from a hundredth of its peak over the first 5 % of the stage and then falls
-      to 0 along a cosine (that of stage 1 has reached 0 by then). `--warm-up 0` is the cosine alone.
-    - log_std, which is part of no layer, is frozen along with the actor's head, as in the authors' code.
-    - The target critics are carried over and go on as before: their heads still move towards the critics' frozen ones.
-    - The paper's networks have three layers, the first two of which are the trunk; of deeper ones, all but the last.
-    - `--finetune all` is the paper's DeReD-A. It moves log_std too, and takes a tenth of the step size like DeReD.
-    - R_i is the return of the whole episode as logged, before any reward transformation. The ReD code drops the last
-      step of every timed-out episode; we keep its reward, and its transition where the data has its next observation.
-    - Drawing from a cached cumulative sum instead of numpy.random.choice: the same distribution, O(log N) per draw.
-    - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
-    - exp is capped by clamping its exponent at ln 100: the same weight, no overflow.
-    - Weights and draws come from generators of each seed's own, so that a seed gives the same run alone or among others
-      (dropout aside, whose masks come from the global generator). Stage 1 is `iql_red.py --sampler uniform`, bit by
-      bit; `--stage1` starts from such a run, and ends where one run of both stages ends.
+    - The paper says "0.1x learning rate". As in the authors' code, stage 2 has new Adams; V and Q keep
+      a constant step size; the actor's rises from a hundredth of its peak over the first 5 % of the
+      stage and falls to 0 along a cosine (stage 1's is 0 by then). --warm-up 0 is the cosine alone.
+    - log_std is part of no layer and rests in stage 2, as in their code. Target critics are carried
+      over and go on as before: their heads still close in on the critics' resting ones.
+    - --finetune all is the paper's DeReD-A. It moves log_std too, and at the same step sizes.
+    - R_i is the return of the whole episode as logged, and bootstrapping goes on through time limits:
+      see iql_red.py, of which stage 1 is a copy with uniform draws, bit by bit.
+    - The scores printed last are means of a stage's last ten evaluations; the papers' AntMaze scores
+      are the last evaluation alone. Minari's AntMaze, PointMaze and Kitchen go on after success, so
+      their returns are not D4RL's 0/1.
 
-Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
-Run:      python algorithms/dered_iql.py --dataset hopper/replay-v0
-or:       python algorithms/iql_red.py --dataset hopper/replay-v0 --sampler uniform --run-dir runs/stage1
-          python algorithms/dered_iql.py --stage1 runs/stage1
-Expected: 27 ± 3 in stage 1 and 32 ± 3 in stage 2 with --num-updates 40000 --stage2-updates 20000 --hidden-sizes 128 128
-          --num-seeds 3; the data's average episode: 12 (benchmarks.md, dered). The paper's million updates: not run.
+Run:      python algorithms/dered_iql.py --dataset hopper/replay-v0 --num-seeds 3
+Expected: score 27 +- 3 in stage 1, 32 +- 3 in stage 2 with --num-updates 40000
+          --stage2-updates 20000 --hidden-sizes 128 128
+AntMaze:  --stage2-updates 200000 --p-base 0.2 --expectile 0.9 --beta 10 --reward-transform shift
+          --eval-every 100000 --eval-episodes 100
+Kitchen and Adroit:  --stage2-updates 200000 --beta 0.5 --dropout 0.1 --reward-transform none
 """
 
-import contextlib
 import copy
-import csv
-import ctypes
-import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import pickle
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import distributions
-from itertools import pairwise, takewhile
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import h5py
+import minari
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays as one CUDA graph
+# Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
+# Purposes are never 0, because numpy ignores zeros at the end
+DRAWS = 1
+EVALUATION = 2
 
 
 @dataclass
 class Args:
-    dataset: tuple[str, ...] = ("hopper/replay-v0",)
-    """Minari ids, Minari folders or D4RL .hdf5 files, concatenated; `ID:0.1` takes a tenth of the episodes"""
-    env_id: str | None = None
-    """evaluation environment; default: the dataset's own (D4RL files: from the file's name)"""
-    seed: int = 0
-    """first seed; agent k uses seed + k"""
-    num_seeds: int = 1
-    """agents trained side by side in one batched computation (the axis S)"""
-    sampler: Literal["uniform", "red", "reward", "top10", "aw", "rw"] = "red"
-    """stage 2's (stage 1 is uniform). red: by episode return, ReD eqs. (1)-(2); reward: the same with the transition's
-    own reward; top10: the tenth of the transitions with the best episode return; rw, aw: softmax of the episode's
-    return, or of its advantage over a linear fit (Hong et al., 2023)"""
-    alpha: float = 1.0
-    """ReD's exponent: 0 is uniform, infinity draws the best episode only (sampler red, reward)"""
-    p_base: float = 0.0
-    """ReD's floor under the normalised return, infinity being uniform; AntMaze and other tasks with 0/1 returns: 0.2
-    (sampler red, reward)"""
-    temperature: float = 0.1
-    """softmax temperature of the samplers rw and aw"""
-    num_updates: int = 1_000_000
-    """gradient steps of stage 1"""
-    stage2_updates: int = 500_000
-    """gradient steps of stage 2, after those of stage 1; AntMaze, Kitchen and Adroit: 200,000"""
-    finetune: Literal["trunk", "all"] = "trunk"
-    """what stage 2 moves: all layers of each network but the last (DeReD), or every parameter (DeReD-A)"""
-    stage1: str | None = None
-    """folder of a finished run of iql_red.py --sampler uniform, to be stage 1; its flags are the defaults"""
-    batch_size: int = 256
-    """transitions per update and seed (the axis B)"""
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """widths of the hidden layers of every network"""
-    learning_rate: float = 3e-4
-    """Adam step size of stage 1; the actor's falls to 0 along a cosine over the stage"""
-    stage2_rate: float = 0.1
-    """Adam step size of stage 2, as a share of learning_rate"""
-    warm_up: float = 0.05
-    """share of stage 2 in which the actor's step size rises, from a hundredth; then it falls to 0 along a cosine"""
-    gamma: float = 0.99
-    """discount factor"""
-    expectile: float = 0.7
-    """IQL's tau: the expectile of Q that V estimates; AntMaze: 0.9"""
-    beta: float = 3.0
-    """inverse temperature of the advantage weights; AntMaze: 10, Kitchen and Adroit: 0.5"""
-    polyak: float = 0.005
-    """share of the online critics in their targets at every update"""
-    dropout: float = 0.0
-    """dropout rate in the actor; Kitchen and Adroit: 0.1"""
-    reward_transform: Literal["auto", "none", "scale", "shift"] = "auto"
-    """what the learner sees: scale: r * 1000 / (R_max - R_min); shift: r - 1; auto: scale for MuJoCo locomotion, shift
-    for AntMaze and PointMaze, else none"""
-    eval_every: int = 5_000
-    """updates between evaluations; AntMaze: 100,000"""
-    eval_episodes: int = 10
-    """episodes per evaluation and seed, with the policy's deterministic action; AntMaze: 100; 0: never evaluate"""
-    eval_workers: int | None = None
-    """processes that evaluate beside training (0: inline; default: one per seed, as far as there are cores)"""
-    checkpoint_every: int = 50_000
-    """updates between checkpoints; a stop by Ctrl-C or SIGTERM writes one too"""
-    log_every: int = 1_000
-    """updates between entries in TensorBoard"""
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    allow_tf32: bool = False
-    """let a GPU multiply matrices in TF32: faster, 10 bits of mantissa"""
-    run_dir: str | None = None
-    """where the results go; default runs/dered_iql/<dataset>/<seeds>-<time>"""
-    resume: str | None = None
-    """continue the run in this folder, exactly where its last checkpoint stands"""
-    evaluate: str | None = None
-    """evaluate the policies of the run in this folder, train nothing"""
-    capture_video: bool = False
-    """with --evaluate: record each seed's first episode to RUN_DIR/videos"""
+    dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids or folders, D4RL files; `ID:0.1`: a tenth of them
+    env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: of the first dataset
+    seed: int = 0  # first seed; agent s uses seed + s
+    num_seeds: int = 1  # agents trained side by side in one batched computation
+    red_alpha: float = 1.0  # ReD's exponent alpha; 0 is uniform
+    p_base: float = 0.0  # ReD's floor under the normalised return
+    num_updates: int = 1_000_000  # gradient steps of stage 1
+    stage2_updates: int = 500_000  # gradient steps of stage 2, which come after those of stage 1
+    finetune: Literal["backbone", "all"] = "backbone"  # what stage 2 moves: all layers but the last, or everything
+    stage2_rate: float = 0.1  # Adam's step size in stage 2, as a share of learning_rate
+    warm_up: float = 0.05  # share of stage 2 in which the actor's step size rises, before it falls along a cosine
+    batch_size: int = 256  # transitions per update and seed
+    hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of every network
+    learning_rate: float = 3e-4  # Adam's step size in stage 1; the actor's falls to 0 along a cosine
+    gamma: float = 0.99  # discount factor
+    expectile: float = 0.7  # IQL's tau: the expectile of Q that V estimates
+    beta: float = 3.0  # inverse temperature of the advantage weights
+    target_update_rate: float = 0.005  # share of the critics in their targets at every update
+    dropout: float = 0.0  # dropout rate in the actor
+    reward_transform: Literal["scale", "shift", "none"] = "scale"  # scale: r * 1000 / (R_max - R_min); shift: r - 1
+    eval_every: int = 5_000  # updates between evaluations, each of which comes with a checkpoint
+    eval_episodes: int = 10  # episodes per evaluation and seed, with the deterministic action; 0: never evaluate
+    log_every: int = 1_000  # updates between entries in TensorBoard
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where training runs
+    run_dir: str | None = None  # where the results go; default: runs/SCRIPT/DATASET/SEED-TIME-PROCESS
+    resume: str | None = None  # continue the run in this folder from its last checkpoint
+    evaluate: str | None = None  # evaluate the policies of the run in this folder, train nothing
+    capture_video: bool = False  # film the evaluations (on a machine without screen: MUJOCO_GL=egl)
+
+    def __post_init__(self):
+        self.hidden_sizes = tuple(self.hidden_sizes)  # JSON makes a list of it
+        exists = lambda name: os.path.exists(name.partition(":")[0])  # files by full path, to go on from anywhere
+        self.dataset = tuple(os.path.abspath(name) if exists(name) else name for name in self.dataset)
+        for name in ("gamma", "expectile", "target_update_rate", "dropout", "stage2_rate", "warm_up"):
+            if not 0 <= getattr(self, name) <= 1:
+                sys.exit(f"error: {name} is a rate; give a number in [0, 1]")
+        for name in ("num_updates", "stage2_updates", "eval_every", "log_every"):
+            if getattr(self, name) <= 0 or getattr(self, name) % CHUNK:
+                sys.exit(f"error: {name} counts in steps of {CHUNK}; give a multiple of it")
 
 
-# flags that may differ when a run goes on or is evaluated; a new --stage2-updates stretches the actor's schedule, too
-RESUME_MAY_CHANGE = {"resume", "evaluate", "run_dir", "device", "stage2_updates", "eval_episodes", "eval_workers"}
-RESUME_MAY_CHANGE |= {"checkpoint_every", "log_every", "capture_video"}
+# The idea: learn from all data, then fine-tune the backbones on good episodes ---------------------
+class Stage(NamedTuple):
+    """One of the two stages, which share networks, targets and the count of updates."""
+
+    name: str
+    start: int  # updates before it
+    end: int  # updates before it and in it
+    sampler: str  # uniform or red
+    moving: str  # all parameters, or the backbone of each network
+    learning_rate: float  # Adam's step size; of the actor's the highest
+    warm_up: float  # share of the stage in which the actor's rises
+
+    def parameters(self, network):
+        """Those of V, the critics or the actor that move. Gradients pass through a resting head."""
+        if self.moving == "all":
+            return list(network.parameters())
+        mlp = getattr(network, "net", network)  # of the actor without log_std, which is part of no layer
+        return [*mlp.weights[:-1], *mlp.biases[:-1]]  # all layers but the last
+
+    def steps(self, first):
+        """Counts of updates before each chunk, for a run that starts or goes on at `first`."""
+        return range(max(first, self.start), self.end, CHUNK)
+
+    def actor_rate(self, num_updates):
+        """The actor's step size: up from a hundredth, then down to 0 along a cosine."""
+        progress = (num_updates - self.start) / (self.end - self.start)
+        if progress < self.warm_up:
+            return self.learning_rate * (0.01 + 0.99 * progress / self.warm_up)
+        progress = (progress - self.warm_up) / (1 - self.warm_up)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def summary(self, rows, args):
+        """What was reached, by the evaluations of this stage alone."""
+        own = rows[(self.start < rows[:, 0]) & (rows[:, 0] <= self.end)]
+        return f"{self.name}: {summary(own, args.num_seeds)}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The idea: learn from all data, then fine-tune the trunks on good episodes
-# ---------------------------------------------------------------------------------------------------------------------
+def stages_of(args):
+    """IQL on all data; then fewer and smaller steps on good episodes."""
+    start = args.num_updates
+    end = start + args.stage2_updates
+    small_rate = args.stage2_rate * args.learning_rate
+    return (
+        Stage("stage 1", 0, start, "uniform", "all", args.learning_rate, 0.0),
+        Stage("stage 2", start, end, "red", args.finetune, small_rate, args.warm_up),
+    )
 
 
-def args_of_stages(args):
-    """Each stage as the flags of an IQL run: on all data; then on rebalanced data, in fewer and smaller steps."""
-    stage1 = replace(args, sampler="uniform", warm_up=0.0)
-    stage2 = replace(args, num_updates=args.stage2_updates, learning_rate=args.stage2_rate * args.learning_rate)
-    return stage1, stage2
+def red_probabilities(x, alpha=1.0, p_base=0.0):
+    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode."""
+    if spread(x) == 0:
+        return np.full(len(x), 1 / len(x))
+    p = (x - x.min()) / spread(x) + p_base  # ReD (2)
+    p = (p / p.max()) ** alpha  # at most 1, so that no exponent overflows
+    return p / p.sum()  # ReD (1)
 
 
-def start_stage2(agent, args):
-    """From here on only the trunks learn (--finetune all: everything), with new Adams and the schedule of stage 2."""
-    if args.finetune == "trunk":
-        for network in (agent.value, agent.actor.net, agent.critic):
-            for parameter in network.layers[-1]:
-                parameter.requires_grad_(False)  # gradients still flow through it, to the trunk
-        agent.actor.log_std.requires_grad_(False)
-    for name in agent.optimizers:
-        learning = [p for p in getattr(agent, name).parameters() if p.requires_grad]
-        agent.optimizers[name] = Adam(learning, args.learning_rate)
-    agent.num_updates.zero_()
-    return agent
+def spread(x):
+    """Largest less smallest of x, and 0 where they differ by rounding only."""
+    span = np.ptp(x)
+    return span if span > 1e-9 * np.abs(x).max() else 0.0
 
 
-def warm_up_cosine(progress, warm_up):
-    """The actor's step size over a stage, relative to its peak: from 0.01 to 1 until `warm_up`, then a cosine to 0."""
-    if not warm_up:
-        return cosine(progress)
-    rise = 0.01 + 0.99 * progress / warm_up
-    return torch.where(progress < warm_up, rise, cosine((progress - warm_up) / (1 - warm_up)))
+def sampling_probabilities(data, stage, args):
+    """P(i) of every transition, (N,), from returns as logged."""
+    returns = np.repeat(data.returns, data.lengths)
+    if stage.sampler == "red":
+        return red_probabilities(returns, args.red_alpha, args.p_base)
+    return np.full(len(returns), 1 / len(returns))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The idea: draw good episodes more often
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def red_probabilities(episode_returns, episode_lengths, alpha=1.0, p_base=0.0):
-    """Sampling probability of every transition under ReD, eqs. (1)-(2).
-
-    episode_returns: (E,) undiscounted returns R; episode_lengths: (E,) numbers of transitions.
-    Returns (N,) float64 that sums to 1, N = sum(episode_lengths).
-    """
-    return rebalance(np.repeat(np.float64(episode_returns), episode_lengths), alpha, p_base)
-
-
-def rebalance(goodness, alpha, p_base):
-    """P(i) = p_i^alpha / sum_k p_k^alpha with p = (x - x_min) / (x_max - x_min) + p_base; x = goodness (N,)."""
-    span = goodness.max() - goodness.min()
-    if span == 0 or alpha == 0 or p_base == math.inf:  # everything equally good, or no preference
-        return np.full(len(goodness), 1 / len(goodness))
-    p = (goodness - goodness.min()) / span + p_base
-    p = (p / p.max()) ** alpha  # at most 1, so that no exponent overflows; alpha = inf leaves the best only
-    return p / p.sum()
-
-
-def top_probabilities(episode_returns, episode_lengths, fraction=0.1):
-    """Uniform over the best episodes: from the best downwards while they hold less than `fraction` of the
-    transitions, one at least. Arrays (E,) of episodes; the result (N,), one for each transition, sums to 1."""
-    best_first = np.argsort(-np.float64(episode_returns), kind="stable")
-    best_first = best_first[episode_lengths[best_first] > 0]
-    num_kept = max(1, np.searchsorted(np.cumsum(episode_lengths[best_first]), fraction * sum(episode_lengths)))
-    kept = np.isin(np.arange(len(episode_returns)), best_first[:num_kept])
-    p = np.repeat(kept.astype(np.float64), episode_lengths)
-    return p / p.sum()
-
-
-def softmax_probabilities(episode_goodness, episode_lengths, temperature):
-    """Hong et al.'s RW and AW: P(i) ~ exp(x / temperature), x being the goodness (E,) of i's episode, in [0, 1]."""
-    x = np.float64(episode_goodness) - np.min(episode_goodness)
-    x = np.repeat(x / (x.max() or 1.0), episode_lengths)
-    p = np.exp((x - x.max()) / temperature)
-    return p / p.sum()
-
-
-def sampling_probabilities(dataset, args):
-    """P(i) of every transition (N,) float64 for --sampler, from the rewards as logged."""
-    returns, lengths = dataset.episode_returns, dataset.episode_lengths
-    rewards = dataset.transitions[:, dataset.obs_dim + dataset.action_dim]
-    if args.sampler == "red":
-        return red_probabilities(returns, lengths, args.alpha, args.p_base)
-    if args.sampler == "reward":
-        return rebalance(np.float64(rewards), args.alpha, args.p_base)
-    if args.sampler == "top10":
-        return top_probabilities(returns, lengths)
-    if args.sampler == "rw":
-        return softmax_probabilities(returns, lengths, args.temperature)
-    if args.sampler == "aw":  # advantage over what the first observation predicts, by least squares with intercept
-        first_obs = dataset.transitions[np.cumsum(lengths) - lengths, : dataset.obs_dim]
-        features = np.c_[np.float64(first_obs), np.ones(len(returns))]
-        fit = np.linalg.lstsq(features, returns, rcond=None)[0]
-        return softmax_probabilities(returns - features @ fit, lengths, args.temperature)
-    return np.full(sum(lengths), 1 / sum(lengths))
+def reward_and_action(data, args):
+    """Both as learned from: rewards (N,), transformed, and actions (N, A), clipped."""
+    reward = data.reward
+    if args.reward_transform == "scale":
+        reward = reward * (1000 / (spread(data.returns) or 1000))  # returns all equal: as they are
+    elif args.reward_transform == "shift":
+        reward = reward - 1
+    action = data.action.clip(-1 + 1e-5, 1 - 1e-5)  # as IQL's authors do: tanh never gets to 1
+    return reward, action
 
 
 class Sampler:
-    """Draws transition indices by inverting the cumulative distribution: O(log N) per draw, on the device."""
+    """Draws transitions i with their P(i), by inverting the cumulative sum of P: O(log N) a draw."""
 
     def __init__(self, probabilities, device):
-        self.num_transitions = len(probabilities)
-        uniform = np.all(probabilities == probabilities[0])
-        # in float64: in float32 the sum of a million probabilities is off by 1 %
-        self.cdf = None if uniform else torch.from_numpy(np.cumsum(probabilities)).to(device)
+        cdf = np.cumsum(probabilities)  # in float64: float32 is off by 1 % after a million terms
+        self.cdf = torch.from_numpy(cdf / cdf[-1]).to(device)
 
-    def __call__(self, u):
-        """u: float64 uniform on [0, 1), any shape. Returns int64 indices of that shape."""
-        if self.cdf is None:
-            return (u * self.num_transitions).long()
-        index = torch.searchsorted(self.cdf, u * self.cdf[-1], right=True)  # right: never where P is 0
-        return index.clamp_(max=self.num_transitions - 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product.
-# ---------------------------------------------------------------------------------------------------------------------
+    def draw(self, seeds, step, batch_size):
+        """Transitions (CHUNK, S, B) for the updates from `step` on; each seed draws its own."""
+        generators = [np.random.default_rng((seed, DRAWS, step)) for seed in seeds]
+        uniforms = [generator.random((CHUNK, batch_size)) for generator in generators]
+        uniforms = torch.from_numpy(np.stack(uniforms, axis=1))
+        if self.cdf.is_cuda:
+            # from pinned memory, because copies from other memory wait for the GPU
+            uniforms = uniforms.pin_memory().to(self.cdf.device, non_blocking=True)
+        return torch.searchsorted(self.cdf, uniforms, right=True)  # right: never one of P(i) = 0
 
 
+# Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def orthogonal(weight, bias, generator):
-    """Orthogonal weight (in, out) with gain sqrt(2), which suits a ReLU behind it; zero bias (out)."""
-    nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)
+    """First values of any layer, also the last: weight (in, out), bias (1, out), as in the IQL authors' code."""
+    nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)  # sqrt(2): ReLUs halve the variance
     bias.zero_()
 
 
 class MLP(nn.Module):
-    """`lead` independent ReLU networks side by side: weights (*lead, in, out), one batched product per layer.
+    """S * C independent networks side by side: weights (S * C, in, out), one batched product a layer."""
 
-    lead: (S,) or (S, C); init(weight, bias, generator) fills one layer of one network in place;
-    generators: one torch.Generator per seed, so that the weights of a seed do not depend on its neighbours.
-    """
-
-    def __init__(self, lead, sizes, init, generators, dropout=0.0):
+    def __init__(self, sizes, init, generators, C=1, activation=torch.relu_):
         super().__init__()
-        self.lead, self.dropout, self.layers = lead, dropout, []
-        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            weight, bias = torch.zeros(*lead, fan_in, fan_out), torch.zeros(*lead, 1, fan_out)
-            for s, generator in enumerate(generators):
-                for w, b in zip(weight[s].view(-1, fan_in, fan_out), bias[s].view(-1, fan_out)):
-                    init(w, b, generator)
-            self.layers.append((nn.Parameter(weight), nn.Parameter(bias)))
-            self.register_parameter(f"weight{i}", self.layers[i][0])
-            self.register_parameter(f"bias{i}", self.layers[i][1])
+        self.C = C
+        self.activation = activation
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for fan_in, fan_out in zip(sizes, sizes[1:]):
+            weight = torch.empty(len(generators) * C, fan_in, fan_out)
+            bias = torch.empty(len(generators) * C, 1, fan_out)
+            for i in range(len(weight)):
+                init(weight[i], bias[i], generators[i // C])  # views, filled in place
+            self.weights.append(weight)  # which makes it a Parameter
+            self.biases.append(bias)
 
     def forward(self, x):
-        """x (S, B, in) -> (*lead, B, out)."""
-        if len(self.lead) > 1:  # every critic of a seed sees the same input
-            x = x[:, None].expand(-1, self.lead[1], -1, -1).flatten(0, 1)
-        for i, (weight, bias) in enumerate(self.layers):
-            if len(self.lead) > 1:  # the batched product takes one leading axis
-                weight, bias = weight.flatten(0, 1), bias.flatten(0, 1)
+        """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
+        if self.C > 1:
+            x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            if i > 0:
+                x = self.activation(x)
             if weight.shape[-1] > 1:
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
-            if i < len(self.layers) - 1:
-                x = x.relu_()
-                if self.dropout:
-                    x = F.dropout(x, self.dropout, self.training)
-        return x.unflatten(0, self.lead) if len(self.lead) > 1 else x
-
-
-class Adam(nn.Module):
-    """Adam (Kingma and Ba, 2015) by torch's fused kernel, with all of its state in fixed buffers.
-
-    torch.optim.Adam computes the same, but its bookkeeping costs time that small networks notice, and state that is
-    there from the start goes into CUDA graphs and checkpoints without further ado.
-    """
-
-    def __init__(self, parameters, learning_rate):
-        super().__init__()
-        self.params = list(parameters)
-        device = self.params[0].device
-        self.register_buffer("learning_rate", torch.tensor(learning_rate, device=device))  # may follow a schedule
-        self.register_buffer("num_steps", torch.zeros((), device=device))
-        for i, parameter in enumerate(self.params):
-            self.register_buffer(f"mean{i}", torch.zeros_like(parameter))
-            self.register_buffer(f"square{i}", torch.zeros_like(parameter))
-
-    def minimize(self, loss):
-        """One step on this optimiser's own parameters; no other parameter gets a gradient."""
-        grads = torch.autograd.grad(loss, self.params)
-        learning_rate, num_steps, *moments = self.buffers()
-        with torch.no_grad():
-            num_steps.add_(1)
-            torch._fused_adam_(
-                self.params, grads, moments[::2], moments[1::2], [], [num_steps] * len(grads), lr=learning_rate,
-                beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
+        return x.unflatten(0, (-1, self.C)).squeeze(1)  # no C where it is 1
 
 
 class GaussianActor(nn.Module):
     """pi(a|s) = Normal(tanh(net(s)), exp(log_std)), with one learned log_std per action dimension."""
 
-    def __init__(self, obs_dim, action_dim, hidden_sizes, init, generators, dropout=0.0):
+    def __init__(self, obs_dim, action_dim, hidden_sizes, generators, dropout):
         super().__init__()
-        S = len(generators)
-        self.net = MLP((S,), [obs_dim, *hidden_sizes, action_dim], init, generators, dropout)
-        self.log_std = nn.Parameter(torch.zeros(S, 1, action_dim))
+        sizes = [obs_dim, *hidden_sizes, action_dim]
+        activation = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(dropout))
+        self.net = MLP(sizes, orthogonal, generators, activation=activation)
+        self.log_std = nn.Parameter(torch.zeros(len(generators), 1, action_dim))
+
+    def forward(self, obs):
+        return self.net(obs).tanh()  # (S, B, A), the mean, which is the deterministic action
 
     def log_prob(self, obs, action):
-        """log pi(a|s), summed over the action dimensions: obs (S, B, O), action (S, B, A) -> (S, B)."""
-        log_std = self.log_std.clamp(-5, 2)
-        z = (action - self.net(obs).tanh()) * (-log_std).exp()
-        return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    def act(self, obs):
-        """The deterministic action (S, B, A) in [-1, 1] that evaluations use."""
-        return self.net(obs).tanh()
+        log_std = self.log_std.clamp(-5, 2)  # bounds of the IQL authors' code
+        z = (action - self(obs)) / log_std.exp()
+        log_prob = -0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)
+        return log_prob.sum(-1)  # (S, B)
 
 
-class IQLAgent(nn.Module):
-    """Networks and optimisers of S independent agents."""
+class Agent(nn.Module):
+    """Networks and optimizers of S independent agents."""
 
-    def __init__(self, obs_dim, action_dim, args, device):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        S, hidden = args.num_seeds, args.hidden_sizes
-        generators = [torch.Generator().manual_seed(args.seed + s) for s in range(S)]
-        self.widths = [obs_dim, action_dim, 1, obs_dim, 1]  # of a packed transition: s, a, r, s', not terminated
-        self.actor = GaussianActor(obs_dim, action_dim, hidden, orthogonal, generators, args.dropout)
-        self.critic = MLP((S, 2), [obs_dim + action_dim, *hidden, 1], orthogonal, generators)
+        # one generator per seed, so that its weights do not depend on its neighbours
+        generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.num_seeds)]
+        hidden = args.hidden_sizes
+        self.actor = GaussianActor(obs_dim, action_dim, hidden, generators, args.dropout)
+        self.critic = MLP([obs_dim + action_dim, *hidden, 1], orthogonal, generators, C=2)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.value = MLP((S,), [obs_dim, *hidden, 1], orthogonal, generators)
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.float64))
-        self.to(device)
-        networks = {"value": self.value, "actor": self.actor, "critic": self.critic}
-        adams = {name: Adam(network.parameters(), args.learning_rate) for name, network in networks.items()}
-        self.optimizers = nn.ModuleDict(adams)
+        self.value = MLP([obs_dim, *hidden, 1], orthogonal, generators)
+        self.to(args.device)
+        self.optimizers = {}  # of both stages, so that a checkpoint of either fits
+        for stage, name in itertools.product(stages_of(args), ("value", "actor", "critic")):
+            parameters = stage.parameters(getattr(self, name))
+            rate = torch.tensor(stage.learning_rate, device=args.device)  # a CUDA graph would keep a number
+            adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
+            self.optimizers[name, stage.name] = adam
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The update
-# ---------------------------------------------------------------------------------------------------------------------
+# The update ---------------------------------------------------------------------------------------
+def minimize(loss, optimizer):
+    """One step on the optimizer's own parameters; no other parameter gets a gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    loss.backward(inputs=parameters)
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None  # faster than zero_grad
 
 
-def expectile_loss(u, expectile):
-    """|expectile - 1[u < 0]| u^2, elementwise: positive errors weigh `expectile`, negative ones the rest. IQL (5)."""
-    return torch.where(u < 0, 1 - expectile, expectile) * u.square()
-
-
-def cosine(progress):
-    """The cosine schedule from 1 to 0 as progress (a tensor) goes from 0 to 1."""
-    return 0.5 * (1 + torch.cos(math.pi * progress.clamp(max=1)))
-
-
-def update(agent, batch, args):
-    """One gradient step of every agent; nothing in here waits for the GPU.
-
-    batch: (S, B, O + A + 1 + O + 1) packed transitions. Returns a dict of metrics, each (S,), on the device.
-    """
-    obs, action, reward, next_obs, not_terminated = batch.split(agent.widths, dim=-1)
-    reward, not_terminated = reward.squeeze(-1), not_terminated.squeeze(-1)  # (S, B)
+def update(agent, obs, action, reward, next_obs, not_terminated, stage, args):
+    """One gradient step of every agent on obs (S, B, O), action (S, B, A), reward (S, B), next_obs (S, B, O) and
+    not_terminated (S, B), never (S, B, 1), which would broadcast. Returns what to log the mean of, still on the
+    device: nothing here waits for a GPU."""
     obs_action = torch.cat([obs, action], -1)
 
-    # value: an upper expectile of Q over the logged actions, IQL (5)
+    # value: an upper expectile of Q over the logged actions, IQL (5). Errors above V weigh `expectile`,
+    # those below the rest: 0.5 gives the mean over the logged actions, towards 1 the best of them
     with torch.no_grad():
         target_q = agent.target_critic(obs_action).squeeze(-1).amin(1)  # (S, B)
-    value_error = target_q - agent.value(obs).squeeze(-1)
-    value_loss = expectile_loss(value_error, args.expectile).mean(-1)  # (S,)
-    agent.optimizers["value"].minimize(value_loss.sum())  # sum over S: seeds never mix
-    with torch.no_grad():  # actor and critic see the new V, at s and at s'
-        value, next_value = agent.value(torch.cat([obs, next_obs], 1)).squeeze(-1).chunk(2, dim=1)  # (S, B) each
+    u = target_q - agent.value(obs).squeeze(-1)
+    weight = (args.expectile - 1.0 * (u < 0)).abs()
+    value_loss = (weight * u.square()).mean(-1)  # (S,)
+    minimize(value_loss.sum(), agent.optimizers["value", stage.name])  # sum over S: seeds never mix
+    with torch.no_grad():  # actor and critics see the new V
+        values = agent.value(torch.cat([obs, next_obs], 1)).squeeze(-1)  # one product for both
+        value, next_value = values.chunk(2, dim=1)  # (S, B) each
 
     # actor: clone the logged actions, the better the more, IQL (7)
-    advantage = target_q - value
-    weight = (args.beta * advantage).clamp(max=math.log(100)).exp()
-    actor_loss = -(weight * agent.actor.log_prob(obs, action)).mean(-1)  # (S,)
-    progress = agent.num_updates / args.num_updates  # of the stage
-    agent.optimizers["actor"].learning_rate.copy_(args.learning_rate * warm_up_cosine(progress, args.warm_up))
-    agent.optimizers["actor"].minimize(actor_loss.sum())
+    exponent = args.beta * (target_q - value)
+    advantage_weight = exponent.clamp(max=math.log(100)).exp()  # at most 100, without overflow
+    log_prob = agent.actor.log_prob(obs, action)  # (S, B)
+    actor_loss = -(advantage_weight * log_prob).mean(-1)  # (S,)
+    minimize(actor_loss.sum(), agent.optimizers["actor", stage.name])
 
     # critics: V(s') bootstraps through a time limit, but not through a true end, IQL (6)
     backup = reward + args.gamma * not_terminated * next_value  # (S, B)
     q = agent.critic(obs_action).squeeze(-1)  # (S, C, B)
     critic_loss = (q - backup[:, None]).square().mean(-1).sum(1)  # (S,)
-    agent.optimizers["critic"].minimize(critic_loss.sum())
+    minimize(critic_loss.sum(), agent.optimizers["critic", stage.name])
 
-    # targets
-    with torch.no_grad():
-        torch._foreach_lerp_(list(agent.target_critic.parameters()), list(agent.critic.parameters()), args.polyak)
-        agent.num_updates.add_(1)
+    with torch.no_grad():  # targets
+        targets = agent.target_critic.parameters()
+        for target, online in zip(targets, agent.critic.parameters()):
+            target.lerp_(online, args.target_update_rate)
 
     return {
         "loss/value": value_loss.detach(),
         "loss/actor": actor_loss.detach(),
         "loss/critic": critic_loss.detach(),
-        "value/v": value.mean(-1),
-        "value/q": q.detach().mean((1, 2)),
-        "value/advantage_weight": weight.mean(-1),
+        "value/v": value,
+        "value/q": q.detach(),
+        "value/advantage_weight": advantage_weight,
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing of the offline scripts: the dataset
-# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing of the offline scripts: data ------------------------------------------------------------
+class Data(NamedTuple):
+    """N transitions of E episodes, one after the other; nothing changes them in place. For arrays of your own
+    write a `load_data` that returns them, and delete everything from here to the next heading."""
+
+    obs: np.ndarray  # (N, O)
+    action: np.ndarray  # (N, A), in [-1, 1]
+    reward: np.ndarray  # (N,), as logged
+    next_obs: np.ndarray  # (N, O)
+    terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
+    returns: np.ndarray  # (E,), sums of all rewards as logged
+    lengths: np.ndarray  # (E,), numbers of transitions, N together
+    spec: gym.envs.registration.EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
+    references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
-@dataclass
-class Dataset:
-    """N transitions in the order of their E episodes."""
-
-    transitions: np.ndarray  # (N, O + A + 1 + O + 1) float32: s, a, r, s', not terminated
-    episode_lengths: np.ndarray  # (E,) transitions of each episode
-    episode_returns: np.ndarray  # (E,) float64, sum of all rewards of the episode as logged
-    obs_dim: int
-    action_dim: int
-    environment: dict  # {"id": ..., "kwargs": {...}, "references": (random, expert) or None}
-
-
-def flat_array(node):
-    """An HDF5 array (T, ...), or a group of them (a Dict space), as (T, D) float32 in gymnasium.flatten's order."""
-    if isinstance(node, h5py.Group):
-        return np.concatenate([flat_array(node[key]) for key in sorted(node)], axis=1)
-    return np.asarray(node, np.float32).reshape(len(node), -1)
-
-
-def next_observations(obs, terminated):
-    """s' (T or T - 1, O) from obs (T + 1 or T, O): without the last one, a truncated episode loses its last step."""
-    missing = len(obs) == len(terminated) and terminated[-1]  # after a true end nothing bootstraps from s'
-    return np.concatenate([obs[1:], obs[-1:]]) if missing else obs[1:]
-
-
-def check_continuous(actions, path):
-    """Discrete actions are logged as one integer per step, or as a group of them."""
-    if isinstance(actions, h5py.Group) or actions.ndim == 1:
-        fail(f"{path} has discrete actions", "use a dataset with continuous actions")
-
-
-def minari_episodes(folder):
-    """Episodes and environment of a Minari folder: reads its JSON and HDF5, and runs nothing that they name."""
-    metadata = json.loads((folder / "metadata.json").read_text())
-    episodes = []
-    with h5py.File(folder / "main_data.hdf5") as file:
-        for i in range(metadata["total_episodes"]):
-            group = file[f"episode_{i}"]
-            check_continuous(group["actions"], folder)
-            obs, action = flat_array(group["observations"]), flat_array(group["actions"])
-            reward, terminated = group["rewards"][()], group["terminations"][()]
-            episodes.append((obs, action, reward, terminated, next_observations(obs, terminated)))
-    spec = json.loads(metadata.get("env_spec") or "{}")
-    if ":" in spec.get("id", ""):  # gymnasium would import the module before the colon
-        fail(f"{folder} names an environment outside the registry ({spec['id']})", "give --env-id")
-    kwargs = {**spec.get("kwargs", {}), "max_episode_steps": spec.get("max_episode_steps")}
-    references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if None not in references and not references[0] < references[1]:
-        raise ValueError(f"reference scores {references}")
-    return episodes, {
-        "id": spec.get("id"),
-        "kwargs": {name: value for name, value in kwargs.items() if value is not None},
-        "references": None if None in references else references,
-    }
-
-
-def d4rl_episodes(path):
-    """Episodes and environment of a D4RL file: they end at `terminals` or `timeouts`; a trailing one is kept."""
-    with h5py.File(path) as file:
-        check_continuous(file["actions"], path)
-        obs, action, reward = flat_array(file["observations"]), flat_array(file["actions"]), file["rewards"][()]
-        terminated = file["terminals"][()].astype(bool)
-        timeout = file["timeouts"][()].astype(bool) if "timeouts" in file else np.zeros_like(terminated)
-        next_obs = flat_array(file["next_observations"]) if "next_observations" in file else None
-    episodes = []
-    for i, j in pairwise(sorted({0, len(reward), *(np.flatnonzero(terminated | timeout) + 1)})):
-        s_next = next_observations(obs[i:j], terminated[i:j]) if next_obs is None else next_obs[i:j]
-        episodes.append((obs[i:j], action[i:j], reward[i:j], terminated[i:j], s_next))
-    names = {"halfcheetah": "HalfCheetah-v5", "hopper": "Hopper-v5", "walker2d": "Walker2d-v5"}
-    env_id = next((env_id for name, env_id in names.items() if path.name.startswith(name)), None)
-    return episodes, {"id": env_id, "kwargs": {}, "references": None}
-
-
-def find_dataset(name):
-    """Path of a D4RL file or Minari data folder: given as such, embedded here, local to Minari, or downloaded by it."""
-    local = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets") / name
-    for path in (Path(name), Path(__file__).resolve().parent.parent / "tests" / "data" / name, local):
-        if path.is_file():
-            return path
-        for folder in (path / "data", path):
-            if (folder / "metadata.json").exists():
-                return folder
-    if Path(name).exists() or Path(name).is_absolute() or name.endswith(".hdf5"):
-        fail(f"{name} is neither a D4RL file nor a folder with a Minari dataset", "check --dataset")
-    try:
-        urllib.request.urlopen("https://huggingface.co", timeout=5).close()  # fails at once where Minari would hang
-        import minari
-
-        minari.download_dataset(name)
-    except Exception as e:  # whatever the layers below raise, the user wants one line
-        fail(f"dataset {name} is not on this machine and cannot be downloaded ({e})", "check its name and the network")
-    return local / "data"
-
-
-def load_dataset(names, env_id=None, seed=0):
-    """All values of --dataset as one Dataset; its environment is that of the first, unless `env_id` is given."""
-    episodes, environments = [], []
-    for name in names:
-        base, _, fraction = name.rpartition(":")
-        if not fraction.replace(".", "", 1).isdigit():
-            base, fraction = name, "1"
-        path = find_dataset(base)
-        try:
-            loaded, environment = minari_episodes(path) if path.is_dir() else d4rl_episodes(path)
-        except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-            fail(f"dataset {base} is broken ({type(e).__name__}: {e})", "download or write it again")
-        if not 0 < float(fraction) <= 1:
-            fail(f"fraction {fraction} of dataset {base} is out of range", "give a number in (0, 1]")
-        kept = np.random.default_rng(seed).permutation(len(loaded))[: max(1, round(float(fraction) * len(loaded)))]
-        episodes += [loaded[i] for i in sorted(kept)]
-        environments.append(environment)
-    episodes = [episode for episode in episodes if len(episode[4])]  # at least one transition
-    widths = {(obs.shape[1], action.shape[1]) for obs, action, *_ in episodes}
-    if len(widths) != 1:
-        fail(f"the data is empty, or its (observation, action) dimensions differ: {sorted(widths)}", "check --dataset")
-    rows = []
-    for obs, action, reward, terminated, next_obs in episodes:
-        T = len(next_obs)
-        if not (T <= len(action) == len(reward) == len(terminated) <= len(obs)):
-            fail("an episode has arrays of different lengths", "write the dataset again")
-        columns = obs[:T], action[:T], reward[:T, None], next_obs, 1 - np.float32(terminated[:T, None])
-        with np.errstate(over="ignore"):  # becomes infinite, and is told as such
-            rows.append(np.concatenate(columns, axis=1, dtype=np.float32))
-    transitions = np.concatenate(rows)
-    episode_returns = np.array([np.sum(reward, dtype=np.float64) for _, _, reward, _, _ in episodes])
-    if not (np.isfinite(transitions).all() and np.isfinite(episode_returns).all()):
-        fail("the dataset has NaN or infinite values", "clean it first")
-    environment = environments[0]
-    if env_id and env_id != environment["id"]:
-        environment = {"id": env_id, "kwargs": {}, "references": None}
-    if environment["id"] and not environment["references"]:
-        environment["references"] = D4RL_REFERENCES.get(environment["id"].split("-")[0].split("_")[0])
-    return Dataset(transitions, np.array([len(row) for row in rows]), episode_returns, *widths.pop(), environment)
-
-
-def actions_of(dataset):
-    """View (N, A) of the actions in the packed transitions."""
-    return dataset.transitions[:, dataset.obs_dim : dataset.obs_dim + dataset.action_dim]
-
-
-def fit_to_environment(dataset):
-    """Checks the dataset against its evaluation environment, and scales its actions to [-1, 1] in place."""
-    environment = dataset.environment
-    if not environment["id"]:
-        fail("the dataset names no environment", "give --env-id, or --eval-episodes 0 to train without evaluation")
-    env, dims = make_env(environment), (dataset.obs_dim, dataset.action_dim)
-    if dims != (env.observation_space.shape[0], env.action_space.shape[0]):
-        fail(f"the dataset's (observation, action) dimensions {dims} are not {environment['id']}'s", "give --env-id")
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    if not (np.all(low == -1) and np.all(high == 1)):
-        actions_of(dataset)[:] = 2 * (actions_of(dataset) - low) / (high - low) - 1
-
-
-def report_sampling(dataset, probabilities, writer, num_bins=50):
-    """Prints the returns in the dataset and under the sampler; both distributions go to TensorBoard (ReD, Figure 1)."""
-    returns, references = np.repeat(dataset.episode_returns, dataset.episode_lengths), dataset.environment["references"]
-    for what, value in (
-        (f"average of {len(dataset.episode_returns):,} episodes", dataset.episode_returns.mean()),
-        ("best episode", returns.max()),
-        ("average drawn transition's episode", returns @ probabilities),
-    ):
-        print(f"return of the {what}: {value:.1f}{score_text(normalized_score(value, references))}")
-    never = probabilities == 0
-    if never.any():
-        share = f"{never.sum():,} of the {len(never):,} transitions ({never.mean():.1%})"
-        print(f"warning: {share} have probability 0 and are never drawn", file=sys.stderr)
-    edges = np.histogram_bin_edges(returns, num_bins)
-    for tag, mass in (("transitions", np.ones(len(returns))), ("sampler_mass", probabilities * len(returns))):
-        counts = np.histogram(returns, edges, weights=mass)[0]
-        moments = dict(num=mass.sum(), sum=returns @ mass, sum_squares=returns**2 @ mass)
-        buckets = dict(bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist())
-        writer.add_histogram_raw(f"data/{tag}_by_return", returns.min(), returns.max(), **moments, **buckets)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: flags, environments, evaluation, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-SCRIPT = Path(__file__).stem
-
-# D4RL's returns of a random and of an expert policy, the 0 and the 100 of a normalised score (Fu et al., 2020)
-D4RL_REFERENCES = {
+# D4RL's returns of a random and of an expert policy (Fu et al., 2020)
+REFERENCES = {
     "HalfCheetah": (-280.178953, 12135.0),
     "Hopper": (-20.272305, 3234.3),
     "Walker2d": (1.629008, 4592.3),
-    "AntMaze": (0.0, 1.0),
-    "FrankaKitchen": (0.0, 4.0),
-    "AdroitHandPen": (96.262799, 3076.8331),
-    "AdroitHandHammer": (-274.856578, 12794.134825),
-    "AdroitHandDoor": (-56.512833, 2880.569309),
-    "AdroitHandRelocate": (-6.425911, 4233.877798),
 }
-
-# packages outside gymnasium that register environments, and what the ids of these begin with
-ENV_PACKAGES = {
-    "gymnasium_robotics": ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "Hand"),
-    "shimmy": ("dm_control/",),
-    "ale_py": ("ALE/",),
-}
+# packages whose environments a file may have us run
+TRUSTED = {"gymnasium", "gymnasium_robotics", "shimmy", "ale_py"}
 
 
-def fail(problem, remedy):
-    """Ends the program with exit status 2 and one line: what is wrong; what to do."""
-    print(" ".join(f"error: {problem}; {remedy}".split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_flags(**tyro_options):
-    """Args from the command line; tyro's box around an error becomes one line."""
-    box = io.StringIO()
+def find_dataset(name):
+    """Path of a D4RL file, or of a Minari folder: given, embedded here, local, or downloaded."""
+    if name.endswith(".hdf5"):
+        return Path(name)
+    embedded = Path(__file__).resolve().parent.parent / "tests" / "data"
+    local = Path(minari.storage.get_dataset_path(name))
+    for folder in (Path(name), embedded / name, local):
+        if (folder / "data" / "metadata.json").exists():
+            return folder / "data"
     try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, **tyro_options)
-    except SystemExit as e:
-        if not e.code:  # --help
-            raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-        fail(" ".join(takewhile(lambda line: line.strip("─"), lines)), "see --help")
+        minari.download_dataset(name)
+    except Exception as e:  # each layer below has errors of its own
+        known = [str(folder.relative_to(embedded)) for folder in embedded.glob("*/*-v*")]
+        sys.exit(f"error: no dataset {name} here or at Minari ({e!r}); embedded are {known}")
+    return local / "data"
 
 
-def parse_args():
-    """Args from the command line; with --resume or --evaluate, the run's own flags are the defaults."""
-    args = parse_flags(description=__doc__.split("\n")[0])
-    run_dir = args.resume or args.evaluate
-    if not run_dir:
-        return args
-    try:
-        config = json.loads((Path(run_dir) / "config.json").read_text())
-        script, stored, _ = config["script"], config["args"], config["environment"]
-        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
-    except (OSError, ValueError, LookupError, TypeError):
-        fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
-    if script != SCRIPT:
-        fail(f"{run_dir} is a run of {script}.py, not of {SCRIPT}.py", f"use {script}.py")
-    try:
-        stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    except (TypeError, AttributeError) as e:
-        fail(f"{run_dir} was made by another version of {SCRIPT}.py ({e})", "check out the commit in its config.json")
-    args = parse_flags(default=stored)
-    for name, value in asdict(args).items():
-        if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
-            fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
-    return args
+def flatten(space, x):
+    """Values x of a space, stacked along time (those of a Dict by key), as (T, D)."""
+    steps = gym.vector.utils.iterate(gym.vector.utils.batch_space(space), x)
+    flat = [gym.spaces.flatten(space, step) for step in steps]
+    return np.reshape(flat, (-1, gym.spaces.flatdim(space)))
 
 
-def check_range(args, low, high, *names):
-    """Fails unless low <= value <= high for each of these flags."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not (value != () and low <= np.min(value) and np.max(value) <= high):
-            fail(f"--{name.replace('_', '-')} {value} is out of range", f"give a value between {low} and {high}")
+def read_minari(folder):
+    """Episodes (obs, action, reward, next_obs, terminated), observation space, action space, metadata."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    if not {"observation_space", "action_space"} <= metadata.keys():  # Minari would make the environment
+        sys.exit(f"error: {folder} does not tell its spaces; write both to metadata.json")
+    dataset = minari.MinariDataset(folder)
+    episodes = []
+    for episode in tqdm(dataset.iterate_episodes(), "reading", len(dataset), disable=None):
+        obs = flatten(dataset.observation_space, episode.observations)  # (T + 1, O)
+        action = flatten(dataset.action_space, episode.actions)
+        columns = obs[:-1], action, episode.rewards, obs[1:], episode.terminations
+        episodes.append(columns)
+    return episodes, dataset.observation_space, dataset.action_space, metadata
 
 
-def choose_device(name):
-    """torch.device for --device: auto, cpu, cuda, cuda:1, ..."""
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("these scripts know cpu and cuda")
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as e:
-        fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
+def read_d4rl(path):
+    """The same of a D4RL file: episodes end at terminals, timeouts, or the step limit of the task."""
+    with h5py.File(path) as file:
+        columns = {key: x[()] for key, x in file.items() if isinstance(x, h5py.Dataset)}
+    tasks = [task for task in REFERENCES if path.name.lower().startswith(task.lower())]
+    needed = {"observations", "actions", "rewards", "terminals"}
+    if not tasks:
+        needed.add("timeouts")  # or nothing tells where episodes end
+    if not needed <= columns.keys():
+        sys.exit(f"error: {path} needs {sorted(needed)}; a Minari dataset is named by its folder")
+    obs = columns["observations"]
+    action = columns["actions"].reshape(len(obs), -1)
+    if action.dtype.kind != "f":
+        sys.exit(f"error: {path} has discrete actions; these scripts need continuous ones")
+    terminated = columns["terminals"].ravel().astype(bool)
+    ended = terminated | columns.get("timeouts", terminated).ravel().astype(bool)
+    limit = len(obs) if "timeouts" in columns else 1000  # of the three tasks
+
+    episodes = []
+    start = 0
+    for end in range(1, len(obs) + 1):
+        if ended[end - 1] or end - start == limit or end == len(obs):
+            steps = slice(start, end)
+            next_obs = obs[start + 1 : end]  # the last one is not in the file
+            if "next_observations" in columns:
+                next_obs = columns["next_observations"][steps]
+            elif terminated[end - 1]:
+                next_obs = np.concatenate([next_obs, obs[end - 1 : end]])  # nothing reads it
+            reward = columns["rewards"][steps]
+            episodes.append((obs[steps], action[steps], reward, next_obs, terminated[steps]))
+            start = end
+    obs_space = gym.spaces.Box(-np.inf, np.inf, obs.shape[1:])
+    action_space = gym.spaces.Box(-1, 1, action.shape[1:])
+    return episodes, obs_space, action_space, {"env_id": f"{task}-v5" for task in tasks}
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed activations: pages that go back to the system are faulted in again at every update."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to a gigabyte stays
-        mallopt(-4, 0)  # M_MMAP_MAX: large activations come from the heap too
+def sizes(space):
+    """How many numbers a space flattens to, by key where it is a Dict."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: sizes(part) for key, part in space.items()}
+    return gym.spaces.flatdim(space)
 
 
-def make_env(environment, **make_kwargs):
-    """gym.make by registered id and plain keyword arguments; flat observations, actions in [-1, 1]."""
-    env_id, kwargs = environment["id"], environment["kwargs"]
-    package = next((name for name, prefixes in ENV_PACKAGES.items() if env_id.startswith(prefixes)), None)
-    try:
-        if package:
-            gym.register_envs(__import__(package))
-        env = gym.make(env_id, **kwargs, **make_kwargs)
-    except ImportError as e:
-        fail(f"environment {env_id} needs a package that is not installed ({e})", f"pip install {package or e.name}")
-    except Exception as e:  # environments raise what they like on bad arguments
-        fail(f"environment {env_id} cannot be made ({e})", "check the id against gymnasium.pprint_registry()")
-    if not isinstance(env.action_space, gym.spaces.Box):
-        fail(f"environment {env_id} has {type(env.action_space).__name__} actions", "use one with continuous actions")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    if not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    return env
+def bounds(space):
+    """Lowest and highest values (2, ...) of a Box, and None of other spaces."""
+    if isinstance(space, gym.spaces.Box):
+        return np.float32([space.low, space.high])
 
 
-def normalized_score(episode_return, references):
-    """100 (return - random) / (expert - random); nan without references."""
-    return 100 * (episode_return - references[0]) / (references[1] - references[0]) if references else math.nan
+def evaluation_spec(path, obs_space, action_space, metadata, env_id):
+    """Spec of the environment that evaluations run in, flattened in the order of the data, and the
+    returns that score 0 and 100."""
+    env_id = env_id or metadata.get("env_id")
+    named = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "null")
+    if env_id:
+        env = gym.make(env_id)
+    elif named:
+        for part in [named, *named["additional_wrappers"]]:
+            if part["entry_point"].partition(".")[0] not in TRUSTED:
+                sys.exit(f"error: {path} would run {part['entry_point']}; give --env-id")
+        env = minari.MinariDataset(path).recover_environment(eval_env=True)
+    else:
+        return None, None
+
+    same_sizes = sizes(env.observation_space) == sizes(obs_space)
+    if not same_sizes or not np.array_equal(bounds(env.action_space), bounds(action_space)):
+        sys.exit(
+            f"error: {env.spec.id} has {env.observation_space} and {env.action_space}, "
+            f"the data {obs_space} and {action_space}; give another --env-id"
+        )
+    references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    if None in references:
+        references = REFERENCES.get(env.spec.id.split("-")[0], (np.nan, np.nan))
+    as_data = partial(gym.spaces.flatten, obs_space)
+    flat_space = gym.spaces.flatten_space(obs_space)
+    spec = gym.wrappers.TransformObservation(env, as_data, flat_space).spec  # a copy that lists all wrappers
+    spec.kwargs.pop("render_mode", None)  # no window
+    spec.max_episode_steps = spec.max_episode_steps or 10_000  # or an episode may never end
+    env.close()
+    return spec, references
 
 
-def score_text(score):
-    """ ", normalised score ..." for a line of output; empty where there are no reference scores."""
-    return "" if np.isnan(score) else f", normalised score {score:.1f}"
+def load_data(args):
+    """All of --dataset; the environment is that of the first. A last transition whose s' nobody
+    knows is left out, but its reward is part of the return."""
+    transitions = []
+    returns = []
+    spec = references = None
+    for name in args.dataset:
+        name, _, fraction = name.partition(":")
+        path = find_dataset(name)
+        read = read_d4rl if path.suffix == ".hdf5" else read_minari
+        episodes, obs_space, action_space, metadata = read(path)
+        limits = bounds(action_space)
+        if limits is None or not np.isfinite(limits).all():
+            sys.exit(f"error: {name} has actions {action_space}; they must be a Box with bounds")
+        if args.eval_episodes and not transitions:
+            spec, references = evaluation_spec(path, obs_space, action_space, metadata, args.env_id)
+        low, high = limits.reshape(2, -1)  # (A,) each
+        fraction = float(fraction or 1)
+        if not 0 < fraction <= 1:
+            sys.exit(f"error: {name}:{fraction} is no share of the episodes; give a number in (0, 1]")
+        num_kept = max(1, round(fraction * len(episodes)))
+        kept = np.random.default_rng(0).permutation(len(episodes))[:num_kept]
+        for i in sorted(kept):
+            obs, action, reward, next_obs, terminated = episodes[i]
+            if len(next_obs) == 0:
+                continue
+            action = 2 * (np.float64(action) - low) / (high - low) - 1
+            columns = obs, action, np.ravel(reward), next_obs, np.ravel(terminated)
+            transitions.append([column[: len(next_obs)] for column in columns])
+            returns.append(np.sum(reward, dtype=np.float64))
+    dims = {(obs.shape[1], action.shape[1]) for obs, action, *_ in transitions}
+    if len(dims) > 1:
+        sys.exit(f"error: the datasets differ in their dimensions (O, A): {sorted(dims)}")
+    lengths = [len(obs) for obs, *_ in transitions]
+    columns = [np.concatenate(column) for column in zip(*transitions)]
+    return Data(*columns, np.array(returns), np.array(lengths), spec, references)
 
 
-def policy_of_seed(actor, s):
-    """A copy on the CPU of the s-th of the policies that `actor` holds; its tensors keep a seed axis, of length 1."""
-    policy = copy.deepcopy(actor).cpu().eval()
-    for tensor in [*policy.parameters(), *policy.buffers()]:
-        tensor.data = tensor.data[s : s + 1].clone()
-    return policy
-
-
-def episode_seed(*numbers):
-    """An environment seed that depends on agent seed, update and episode, and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def run_episodes(policy, environment, env_seeds, video_dir=None):
-    """(return, length) of one episode per environment seed; policy.act maps (1, E, O) to (1, E, A) in [-1, 1].
-
-    The episodes step side by side, and the batch keeps its size when some are over, so that nobody's rounding
-    depends on when the others end.
-    """
-    policy = pickle.loads(policy) if isinstance(policy, bytes) else policy  # as workers get it
-    envs = [make_env(environment, render_mode="rgb_array" if video_dir else None) for _ in env_seeds]
-    if video_dir:
-        envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), name_prefix=f"episode-{env_seeds[0]}")
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, env_seeds)]).astype(np.float32)
-    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), int), np.ones(len(envs), bool)
-    while running.any():
-        with torch.no_grad():
-            actions = policy.act(torch.from_numpy(obs)[None])[0].numpy()
-        for i in np.flatnonzero(running):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
-            returns[i], lengths[i], running[i] = returns[i] + reward, lengths[i] + 1, not (terminated or truncated)
-    for env in envs:
-        env.close()
-    return [(float(r), int(n)) for r, n in zip(returns, lengths)]
+# Plumbing of all scripts: evaluation, run folder --------------------------------------------------
+ROW = "update", "seed", "episode", "return", "length", "normalized_score"  # of evaluations.csv
 
 
 def start_worker():
-    """An evaluation worker computes on one thread, leaves Ctrl-C and SIGTERM to its parent, and never outlives it."""
+    """An evaluation worker has one thread, ends at once by Ctrl-C, and never outlives its parent."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def stop_signals_blocked():
-    """Ctrl-C and SIGTERM wait until the end of the block (Windows, which cannot do that, takes its chances)."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    yield
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode):
+    """One episode of every seed, rows (S, 6). The policy is any module (S, 1, O) -> (S, 1, A)."""
+    policy = pickle.loads(pickled)
+    wrappers = [
+        gym.wrappers.FlattenObservation,
+        lambda env: gym.wrappers.RescaleAction(env, -1, 1),
+        lambda env: gym.wrappers.TransformReward(env, np.sum),  # some give an array of one number
+    ]
+    envs = gym.make_vec(spec, len(seeds), "sync", wrappers=wrappers)
+    if envs.render_mode:
+        name = f"{num_updates}-{episode}"
+        envs = gym.wrappers.vector.RecordVideo(envs, run_dir / "videos", name_prefix=name)
+    entropy = [(seed, EVALUATION, num_updates, episode + 1) for seed in seeds]
+    env_seeds = [np.random.SeedSequence(x).generate_state(1).item() for x in entropy]
+    obs, _ = envs.reset(seed=env_seeds)
+    returns, lengths = np.zeros((2, len(seeds)))
+    running = np.ones(len(seeds), bool)  # what comes after a seed's first episode does not count
+    while running.any():
+        with torch.no_grad():
+            action = policy(torch.as_tensor(obs, dtype=torch.float32)[:, None])
+        action = action.numpy().reshape(envs.action_space.shape)
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += reward * running
+        lengths += running
+        running &= ~(terminated | truncated)
+    envs.close()
+    worst, best = references
+    scores = 100 * (returns - worst) / (best - worst)
+    columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores)
+    return np.stack(columns, axis=1)
 
 
-class Evaluator:
-    """Evaluates snapshots of the policies in worker processes, beside training, and reports in the order of updates.
-
-    Neither the number of workers nor a stop and resume changes a result. Scripts that evaluate one policy in several
-    ways have an evaluator for each, whose `variant` is in the names of its results.
-    """
-
-    def __init__(self, args, environment, run_dir, writer, variant=""):
-        self.args, self.environment, self.writer = args, environment, writer
-        self.name, self.csv_path = f"evaluation{variant}", run_dir / f"evaluations{variant}.csv"
-        self.pending = {}  # update: (state of the actor then, one job per seed)
-        workers = args.eval_workers
-        if workers is None:
-            workers = max(1, min(args.num_seeds, (os.cpu_count() or 1) - 1))
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, spawn, start_worker) if workers and args.eval_episodes else None
-        if not self.csv_path.exists():
-            self.csv_path.write_text("update,seed,episode,return,length,normalized_score\n")
-
-    def submit(self, update, actor):
-        """Starts the evaluation of every seed's policy as it is now."""
-        jobs = []
-        for s in range(self.args.num_seeds if self.args.eval_episodes else 0):
-            env_seeds = [episode_seed(self.args.seed + s, update, e) for e in range(self.args.eval_episodes)]
-            job = pickle.dumps(policy_of_seed(actor, s)), self.environment, env_seeds
-            with stop_signals_blocked():  # a worker that starts here inherits that
-                jobs.append(self.pool.submit(run_episodes, *job) if self.pool else Future())
-            if not self.pool:
-                jobs[-1].set_result(run_episodes(*job))
-        if jobs:
-            self.pending[update] = {name: x.cpu().clone() for name, x in actor.state_dict().items()}, jobs
-
-    def collect(self, wait=False):
-        """Writes and prints the evaluations that are done (all, if `wait`)."""
-        for update, (_, jobs) in list(self.pending.items()):
-            if not (wait or all(job.done() for job in jobs)):
-                return
-            results = [(self.args.seed + s, e, *r) for s, job in enumerate(jobs) for e, r in enumerate(job.result())]
-            returns = np.array([episode_return for _, _, episode_return, _ in results])
-            scores = normalized_score(returns, self.environment["references"]) * np.ones(len(returns))
-            with self.csv_path.open("a", newline="") as file:
-                rows = [(update, *result, f"{score:.4f}") for result, score in zip(results, scores)]
-                csv.writer(file, lineterminator="\n").writerows(rows)
-            self.writer.add_scalar(f"{self.name}/return", returns.mean(), update)
-            self.writer.add_scalar(f"{self.name}/normalized_score", scores.mean(), update)
-            mean, score = returns.mean(), scores.mean()
-            print(f"{self.name} at {update:,}: return {mean:.1f}{score_text(score)}", flush=True)
-            del self.pending[update]
-
-    def resume(self, update, pending, actor):
-        """Back to the state of a checkpoint: forgets what came after it, starts again what was under way."""
-        header, *rows = self.csv_path.read_text().splitlines(keepends=True)
-        rows = [(int(row.split(",")[0]), row) for row in rows if row.endswith("\n")]  # a kill may tear the last one
-        kept = [row for n, row in rows if n <= update and n not in pending]
-        write_atomically(self.csv_path, lambda path: path.write_text(header + "".join(kept)))
-        for past_update, state in sorted(pending.items()):
-            past_actor = copy.deepcopy(actor)
-            past_actor.load_state_dict(state)
-            self.submit(past_update, past_actor)
-
-    def close(self):
-        if self.pool:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+def summary(rows, num_seeds):
+    """Mean of the last ten evaluations, +- its standard deviation over seeds."""
+    if len(rows) == 0:
+        return "nothing was evaluated"
+    evaluations = np.unique(rows[:, 0])
+    last = rows[np.isin(rows[:, 0], evaluations[-10:])]
+    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6)
+    _, _, _, returns, _, scores = means.T
+    text = f"return {returns.mean():.1f}, normalised score {scores.mean():.1f}"
+    if num_seeds > 1:
+        text += f" (+- {returns.std():.1f} and {scores.std():.1f} over seeds)"
+    return text
 
 
-def print_result(args, run_dir, num_updates, rate):
-    """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
-    text = ""
-    if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
-        update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        last = np.unique(update)[-10:]
-        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
-        score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
-        if not np.isnan(score).any():
-            text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
-        text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
-    print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
+def report(rows, jobs, run_dir, writer):
+    """Rows of all evaluations, those of `jobs` being new: to screen, TensorBoard, evaluations.csv."""
+    if not jobs:
+        return rows
+    new_rows = np.concatenate([job.result() for job in jobs])
+    num_updates, _, _, mean, _, score = new_rows.mean(0)
+    tqdm.write(f"update {num_updates:,.0f}: return {mean:.1f}, normalised score {score:.1f}")
+    writer.add_scalar("evaluation/return", mean, num_updates)
+    writer.add_scalar("evaluation/normalized_score", score, num_updates)
+    rows = np.concatenate([rows, new_rows])
+    np.savetxt(run_dir / "evaluations.csv", rows, "%.10g", ",", header=",".join(ROW), comments="")
+    return rows
 
 
-def evaluate_run(args, agent_class):
-    """--evaluate: fresh episodes of the policies in a run's checkpoint."""
-    run_dir = Path(args.evaluate)
-    environment = json.loads((run_dir / "config.json").read_text())["environment"]
-    if not environment["id"]:
-        fail(f"{run_dir} is a run without environment", "evaluate a run that has one")
-    env = make_env(environment)
-    agent = agent_class(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
-    agent.load_state_dict(load_checkpoint(run_dir, "cpu")["agent"])
-    video_dir = run_dir / "videos" if args.capture_video else None
-    if video_dir and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    for s in range(args.num_seeds):
-        env_seeds = [episode_seed(args.seed + s, 2**31, e) for e in range(args.eval_episodes or 10)]
-        try:
-            results = run_episodes(policy_of_seed(agent.actor, s), environment, env_seeds, video_dir)
-        except Exception as e:  # each graphics library fails in its own way
-            if not video_dir:
-                raise
-            with contextlib.suppress(OSError):
-                video_dir.rmdir()  # if it is empty
-            fail(f"no video can be rendered ({e})", "set MUJOCO_GL to egl or osmesa, or leave out --capture-video")
-        returns, lengths = np.array(results).T
-        score = np.mean(normalized_score(returns, environment["references"]))
-        print(
-            f"seed {args.seed + s}: return {returns.mean():.1f} ± {returns.std():.1f} (standard deviation over "
-            f"{len(returns)} episodes of {lengths.mean():.0f} steps on average){score_text(score)}"
-        )
+def log(metrics, num_updates, writer):
+    """Metrics to TensorBoard. A loss that is not finite ends the run, before its agent is saved."""
+    for name, metric in metrics.items():
+        if not metric.isfinite().all():
+            sys.exit(f"error: {name} is not finite at update {num_updates}; see the last checkpoint")
+        writer.add_scalar(name, metric.mean().item(), num_updates)
 
 
-def open_run_dir(args, name, environment):
-    """The run folder, new or --resume's; config.json: all flags, versions, git commit, command line, environment."""
-    if args.resume:
-        run_dir = Path(args.resume)
-        config = json.loads((run_dir / "config.json").read_text()) | {"args": asdict(args)}
-    else:
-        seeds = f"{args.seed}" if args.num_seeds == 1 else f"{args.seed}-{args.seed + args.num_seeds - 1}"
-        run_dir = Path(args.run_dir or f"runs/{SCRIPT}/{name}/{seeds}-{time.strftime('%Y%m%d-%H%M%S')}")
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as e:
-            fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-        config = {
-            "script": SCRIPT,
-            "args": asdict(args),
-            "environment": environment,
-            "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
-            "git_commit": commit or None,
-            "command": shlex.join([sys.executable, *sys.argv]),
-        }
-    write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
-    return run_dir
+def run_folder(args):
+    """Where the run is, or will be."""
+    dataset = Path(args.dataset[0]).parts[-2:]
+    name = f"{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    new = Path("runs", Path(__file__).stem, *dataset, name)
+    return Path(args.evaluate or args.resume or args.run_dir or new)
 
 
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: a kill leaves the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def open_run_dir(run_dir, args):
+    """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    versions = {x: version(x) for x in ("torch", "numpy", "gymnasium", "mujoco", "minari")}  # of what you have
+    config = {"command": sys.argv, "args": asdict(args), "versions": versions}
+    del config["args"]["device"]  # a run may go on elsewhere
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def load_checkpoint(run_dir, device):
-    """checkpoint.pt of a run folder, as it was saved."""
-    try:
-        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
-        if not checkpoint.keys() >= {"agent", "generators", "pending_evaluations"}:
-            raise KeyError("parts are missing")
-        return checkpoint
-    except Exception as e:  # torch.load raises many kinds of error on a damaged file
-        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start a new run")
+def save(path, agent, rows, num_updates):
+    """All that a run needs to go on: the old file or the new one, never half of it."""
+    optimizers = {name: x.state_dict()["state"] for name, x in agent.optimizers.items()}
+    checkpoint = {"agent": agent.state_dict(), "optimizers": optimizers}
+    checkpoint |= {"rows": torch.from_numpy(rows), "num_updates": num_updates}
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def on_stop_signal():
-    """A list that stays empty until Ctrl-C or SIGTERM asks the loop to stop; a second one stops at once."""
-    stop = []
-
-    def handler(signum, frame):
-        stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return stop
+def load(path, agent):
+    """Puts the agent back; returns rows and num_updates."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    agent.load_state_dict(checkpoint["agent"])
+    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+        state = {"state": checkpoint["optimizers"][name]}
+        optimizer.load_state_dict(optimizer.state_dict() | state)
+    return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 
-def cuda_graph(step, agent, *inputs):
-    """`step` captured as one CUDA graph: returns a function of inputs that are shaped like these.
+# Training -----------------------------------------------------------------------------------------
+class CudaGraph:
+    """A step that a GPU replays as one CUDA graph. Its first three calls, in which PyTorch sets
+    itself up, are ordinary ones; the fourth is recorded. On a CPU all calls are ordinary."""
 
-    Capturing needs a few real steps first; whatever they change in the agent is put back.
-    """
-    inputs = [x.clone() for x in inputs]  # the graph reads them where they stand
-    before = copy.deepcopy(agent.state_dict())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(*inputs)
-    agent.load_state_dict(before)  # in place
+    def __init__(self, step):
+        self.step = step
+        self.num_calls = 0
 
-    def replay(*new_inputs):
-        for old, new in zip(inputs, new_inputs):
-            old.copy_(new)
-        graph.replay()
-        return outputs
-
-    return replay
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-UPDATES_PER_BLOCK = 100  # random numbers are drawn for so many updates at a time
-UPDATES_PER_GRAPH = 10  # a GPU replays so many updates as one CUDA graph
-
-
-# what --reward-transform auto means, by the beginning of the environment's id; elsewhere none
-IQL_TRANSFORMS = dict.fromkeys(("HalfCheetah", "Hopper", "Walker2d", "Ant"), "scale")
-IQL_TRANSFORMS |= dict.fromkeys(("AntMaze", "PointMaze"), "shift")
-
-
-def draw_block(sampler, generators, batch_size, *noise_shapes):
-    """What the next UPDATES_PER_BLOCK = n updates read at random: transition indices (n, S, B), then standard normal
-    noise (n, S, *shape) for each of the shapes. Every seed draws from its own generator."""
-    n, device = UPDATES_PER_BLOCK, generators[0].device
-    u = [torch.rand(n, batch_size, generator=g, dtype=torch.float64, device=device) for g in generators]
-    noise = ([torch.randn(n, *shape, generator=g, device=device) for g in generators] for shape in noise_shapes)
-    return [sampler(torch.stack(u, 1)), *(torch.stack(x, 1) for x in noise)]
-
-
-def run_updates(agent, transitions, args, index, *noise):
-    """One update per row of index (m, S, B) and of what else it reads at random (m, ...); the metrics of the last."""
-    for row, *row_noise in zip(index, *noise):
-        metrics = update(agent, F.embedding(row, transitions), *row_noise, args)  # one gather of whole rows
-    return metrics
-
-
-def transform_rewards(dataset, mode, auto_modes):
-    """Rewards as the learner sees them, in place; returns and sampling probabilities come from the logged ones."""
-    if mode == "auto":
-        mode = auto_modes.get((dataset.environment["id"] or "").split("-")[0].split("_")[0], "none")
-    reward = dataset.transitions[:, dataset.obs_dim + dataset.action_dim]
-    if mode == "scale":
-        reward *= 1000 / (np.ptp(dataset.episode_returns) or 1000)
-    elif mode == "shift":
-        reward -= 1
-
-
-def stage2_agent(obs_dim, action_dim, args, device):
-    """Agents in stage 2, to load a checkpoint of stage 2 into."""
-    return start_stage2(IQLAgent(obs_dim, action_dim, args, device), args_of_stages(args)[1])
-
-
-# flags that --stage1 does not take over from its run
-STAGE2_FLAGS = {"sampler", "alpha", "p_base", "temperature", "device", "run_dir", "resume", "evaluate", "capture_video"}
-
-
-def args_after_stage1(args):
-    """Args for --stage1: the flags of that run are the defaults, except for STAGE2_FLAGS."""
-    run_dir = args.stage1
-    try:
-        config = json.loads((Path(run_dir) / "config.json").read_text())
-        script, flags = config["script"], config["args"]
-        flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
-    if script != "iql_red":
-        fail(f"{run_dir} is a run of {script}.py, not of iql_red.py", "give one of iql_red.py --sampler uniform")
-    try:
-        args = parse_flags(default=replace(Args(), **{name: flags[name] for name in flags.keys() - STAGE2_FLAGS}))
-        if flags["sampler"] != "uniform":
-            fail(f"{run_dir} drew by --sampler {flags['sampler']}", "give a run of iql_red.py --sampler uniform")
-        for name in ("dataset", "hidden_sizes", "seed", "num_seeds", "num_updates"):
-            if getattr(args, name) != flags[name]:
-                fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out")
-    except (TypeError, AttributeError, LookupError) as e:
-        fail(f"{run_dir} was made by another version of iql_red.py ({e})", "check out the commit in its config.json")
-    if load_checkpoint(run_dir, "cpu")["num_updates"] < args.num_updates:
-        fail(f"{run_dir} is not finished", f"finish it with iql_red.py --resume {run_dir}")
-    return args
-
-
-def print_stages(args, run_dir, num_updates, rate):
-    """The last line of a run: that of print_result, with what either stage reached."""
-    text = ""
-    if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
-        rows = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1, ndmin=2)
-        stage = np.where(rows[:, 0] <= args.num_updates, 1, 2)
-        for n in np.unique(stage):
-            update, seed, _, returns, _, scores = rows[stage == n].T
-            last = np.unique(update)[-10:]
-            of_seed = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
-            score, mean = ([x[mine].mean() for mine in of_seed] for x in (scores, returns))
-            text += f"stage {n}: "
-            if not np.isnan(score).any():
-                text += f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f}, "
-            text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (last {len(last)} evaluations); "
-        text += f"(0: random policy, 100: expert; mean ± standard deviation over {args.num_seeds} seed(s) of the mean "
-        text += f"over these evaluations of {args.eval_episodes} episodes), "
-    print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
+    def __call__(self, *inputs):
+        self.num_calls += 1
+        if self.num_calls <= 3 or not inputs[0].is_cuda:
+            return self.step(*inputs)
+        if self.num_calls == 4:
+            self.inputs = [x.clone() for x in inputs]  # where the graph reads
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(inputs[0].device), torch.cuda.graph(self.graph):  # records, runs nothing
+                self.outputs = self.step(*self.inputs)
+        for x, new_x in zip(self.inputs, inputs):
+            x.copy_(new_x)
+        self.graph.replay()
+        return self.outputs
 
 
 def main():
-    args = parse_args()
-    if args.stage1 and not (args.resume or args.evaluate):
-        args = args_after_stage1(args)
-    check_range(args, 1, math.inf, "num_seeds", "num_updates", "batch_size", "hidden_sizes", "eval_every")
-    check_range(args, 1, math.inf, "stage2_updates")
-    check_range(args, 0, 2**32 - 1, "seed")
-    check_range(args, 1, math.inf, "checkpoint_every", "log_every")
-    check_range(args, 0, math.inf, "alpha", "p_base", "beta", "eval_episodes", "eval_workers")
-    check_range(args, 0, 1, "learning_rate", "stage2_rate", "warm_up", "gamma", "polyak", "expectile", "dropout")
-    check_range(args, 1e-6, math.inf, "temperature")
-    stage1, stage2 = args_of_stages(args)
-    boundary, last_update = args.num_updates, args.num_updates + args.stage2_updates
-    begun = args.evaluate or args.resume or args.stage1  # the run that is gone on from
-    checkpoint = load_checkpoint(begun, "cpu") if begun else {"num_updates": 0}
-    agent_class = IQLAgent if checkpoint["num_updates"] <= boundary else stage2_agent
+    args = tyro.cli(Args)
+    if args.evaluate or args.resume:  # the run's flags, then those of this call
+        config = json.loads(Path(args.evaluate or args.resume, "config.json").read_text())
+        args = tyro.cli(Args, default=Args(**config["args"]))
+        if args.num_updates != config["args"]["num_updates"]:
+            sys.exit("error: stage 1 of a run keeps its --num-updates; give a larger --stage2-updates")
+    stages = stages_of(args)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    data = load_data(args)
+    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # squares must not overflow
+        sys.exit("error: the data has NaN, infinite or huge values; clean it first")
+    if np.abs(data.action).max() > 1 + 1e-6:
+        sys.exit("error: there are actions outside their bounds; clip or rescale them")
+    if args.eval_episodes and not data.spec:
+        sys.exit("error: the data names no environment; give --env-id, or --eval-episodes 0")
+
+    # the method's own lines, which a copied `update` needs too
+    reward, action = reward_and_action(data, args)
+
+    # one row a transition, so that a batch is one gather; only this and `learn` know the columns
+    columns = [
+        data.obs,
+        action,
+        reward[:, None],
+        data.next_obs,
+        1.0 - data.terminated[:, None],  # not terminated
+    ]
+    widths = [column.shape[1] for column in columns]
+    transitions = np.concatenate(columns, axis=1, dtype=np.float32)
+    transitions = torch.from_numpy(transitions).to(args.device)
+
+    # agents, as they start or as they were
+    obs_dim, action_dim, *_ = widths
+    agent = Agent(obs_dim, action_dim, args)
+    policy = agent.actor  # what is evaluated
+    run_dir = run_folder(args)
+    rows = np.empty((0, len(ROW)))
+    first = 0
+    if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
+        rows, first = load(run_dir / "checkpoint.pt", agent)
+    if first > stages[-1].end:
+        sys.exit(f"error: {run_dir} has {first} updates already; give a larger --stage2-updates")
+    num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
+    if args.capture_video:
+        data.spec.kwargs["render_mode"] = "rgb_array"
+
+    def start_evaluation(num_updates):
+        frozen = pickle.dumps(copy.deepcopy(policy).cpu().eval())
+        job = frozen, data.spec, data.references, run_dir, seeds, num_updates
+        return [pool.submit(run_episode, *job, episode) for episode in range(args.eval_episodes)]
+
     if args.evaluate:
-        return evaluate_run(args, agent_class)
-    device, S = choose_device(args.device), args.num_seeds
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+        jobs = start_evaluation(2**31)  # episodes that no run has seen
+        rows = np.reshape([job.result() for job in jobs], (-1, len(ROW)))
+        print(f"policies of update {first:,}: {summary(rows, args.num_seeds)}")
+        return
 
-    # data, on the device; the sampler sees the rewards as logged, the learner transformed ones
-    dataset = load_dataset(args.dataset, args.env_id, args.seed)
-    if args.eval_episodes or dataset.environment["id"]:
-        fit_to_environment(dataset)
-    probabilities = sampling_probabilities(dataset, args)
-    transform_rewards(dataset, args.reward_transform, IQL_TRANSFORMS)
-    actions_of(dataset).clip(-1 + 1e-5, 1 - 1e-5, out=actions_of(dataset))  # as in the IQL authors' code
-    transitions, rebalanced = torch.from_numpy(dataset.transitions).to(device), Sampler(probabilities, device)
-    uniform = Sampler(sampling_probabilities(dataset, stage1), device)
+    returns = np.repeat(data.returns, data.lengths)
+    probabilities = sampling_probabilities(data, stages[-1], args)
+    drawn = np.random.default_rng(0).choice(returns, 100_000, p=probabilities)  # refuses what is no distribution
+    open_run_dir(run_dir, args)
+    writer = SummaryWriter(run_dir, purge_step=first + 1)
+    writer.add_histogram("data/return_of_episodes", data.returns, 0)
+    writer.add_histogram("data/return_of_transitions", returns, 0)
+    writer.add_histogram("data/return_of_draws", drawn, 0)
+    print(f"{len(returns):,} transitions of {len(data.returns):,} episodes")
+    print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
+    print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
-    # agents, in a run folder that is new or goes on from its checkpoint; exactly at the boundary they are in stage 1
-    torch.manual_seed(args.seed)  # for dropout; all else has a generator per seed
-    agent = agent_class(dataset.obs_dim, dataset.action_dim, args, device)
-    generators = [torch.Generator(device).manual_seed(args.seed + s) for s in range(S)]
-    num_updates = first_update = checkpoint["num_updates"]
-    if num_updates > last_update:
-        fail(f"{args.resume} has {num_updates} updates already", "give a larger --stage2-updates, or leave it out")
-    name = "+".join(args.dataset).replace("/", "-").replace(":", "-").strip("-.")
-    stop = on_stop_signal()  # from here on, a stop saves first
-    run_dir = open_run_dir(args, name, dataset.environment)
-    if args.stage1 and not args.resume:
-        with contextlib.suppress(OSError):
-            shutil.copy(Path(args.stage1) / "evaluations.csv", run_dir)
-    writer = SummaryWriter(run_dir, purge_step=num_updates + 1)
-    evaluator = Evaluator(args, dataset.environment, run_dir, writer)
-    report_sampling(dataset, probabilities, writer)
-    if begun:
-        agent.load_state_dict(checkpoint["agent"])
-        for generator, state in zip(generators, checkpoint["generators"]):
-            if len(state) == len(generator.get_state()):  # else it comes from another kind of device: new draws
-                generator.set_state(state.cpu())
-        torch.set_rng_state(checkpoint["global_generator"].cpu())
-        evaluator.resume(num_updates, checkpoint["pending_evaluations"], agent.actor)
+    def learn(stage, batches):  # one update for each batch of batches (CHUNK, S, B)
+        batches = nn.functional.embedding(batches, transitions)  # a gather, faster than indexing
+        obs, action, reward, next_obs, not_terminated = batches.split(widths, dim=-1)
+        for batch in zip(obs, action, reward.squeeze(-1), next_obs, not_terminated.squeeze(-1)):
+            metrics = update(agent, *batch, stage, args)
+        return metrics  # of the last update
 
-    generator_states = [generator.get_state() for generator in generators]
+    jobs = []
+    if first:
+        jobs = start_evaluation(first)  # the one that was under way
+    started = time.time()
+    for stage in stages:
+        sampler = Sampler(sampling_probabilities(data, stage, args), args.device)
+        learn_chunk = CudaGraph(partial(learn, stage))  # a graph of its own, because other parameters move
+        for step in tqdm(stage.steps(first), stage.name, mininterval=1, unit_scale=CHUNK):
+            batches = sampler.draw(seeds, step, args.batch_size)
+            torch.manual_seed(10**9 * (args.seed + 1) + step)  # of dropout
+            agent.optimizers["actor", stage.name].param_groups[0]["lr"].fill_(stage.actor_rate(step))
+            metrics = learn_chunk(batches)
+            num_updates = step + CHUNK
 
-    def save():
-        """Everything that an exact continuation needs; generator_states are those before the current block."""
-        state = {
-            "num_updates": num_updates,
-            "agent": agent.state_dict(),
-            "generators": generator_states,
-            "global_generator": torch.get_rng_state(),
-            "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},
-        }
-        write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+            # report the evaluation before this one, which had time beside training; save; start it
+            evaluation_due = num_updates % args.eval_every == 0 or num_updates == stage.end
+            if evaluation_due or num_updates % args.log_every == 0:
+                log(metrics, num_updates, writer)
+            if evaluation_due:
+                rows = report(rows, jobs, run_dir, writer)
+                save(run_dir / "checkpoint.pt", agent, rows, num_updates)
+                jobs = start_evaluation(num_updates)
 
-    if not args.resume:
-        save()
-    stage, sampler = (stage1, uniform) if num_updates <= boundary else (stage2, rebalanced)
-    keep_freed_memory()
-    learn, graph = partial(run_updates, agent, transitions, stage), None
-    started, printed, block_start, stopped, rate = time.time(), time.time(), -1, False, 0
-    while num_updates < last_update and not stopped:
-        # stage 2 begins: other parameters learn, from other draws; a block that the boundary cuts is drawn again
-        if num_updates == boundary:
-            start_stage2(agent, stage2)
-            learn, graph, sampler, block_start = partial(run_updates, agent, transitions, stage2), None, rebalanced, -1
-            for generator, state in zip(generators, generator_states):
-                generator.set_state(state)
-            num_learning = sum(p.numel() for adam in agent.optimizers.values() for p in adam.params) // S
-            print(f"stage 2: draws by {args.sampler}, moves {num_learning:,} parameters per seed", flush=True)
-            writer.add_scalar("stage", 2, num_updates)
-
-        # draw, a block of updates at a time; a resumed run draws the block it is in again
-        if block_start != num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK:
-            block_start = num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK
-            generator_states = [generator.get_state() for generator in generators]
-            block = draw_block(sampler, generators, args.batch_size)
-            if device.type == "cuda" and not graph:
-                graph = cuda_graph(learn, agent, *(x[:UPDATES_PER_GRAPH] for x in block))
-
-        # learn, until the block ends or something else is due
-        due = [n - num_updates % n for n in (args.eval_every, args.checkpoint_every, args.log_every)]
-        stage_end = boundary if num_updates < boundary else last_update
-        end = num_updates + min(*due, block_start + UPDATES_PER_BLOCK - num_updates, stage_end - num_updates)
-        while num_updates < end:
-            n = min(UPDATES_PER_GRAPH, end - num_updates)
-            inputs = [x[num_updates - block_start :][:n] for x in block]
-            metrics = graph(*inputs) if graph and n == UPDATES_PER_GRAPH else learn(*inputs)
-            num_updates += n
-            if stop:
-                break
-        done, stopped = num_updates == stage_end, bool(stop)
-
-        # evaluate, log, save
-        if num_updates % args.eval_every == 0 or done:
-            evaluator.submit(num_updates, agent.actor)
-        evaluator.collect(wait=done)
-        if num_updates % args.log_every == 0:
-            for tag, value in metrics.items():
-                writer.add_scalar(tag, value.mean().item(), num_updates)
-            writer.add_scalar("stage", 1 if num_updates <= boundary else 2, num_updates)
-        rate = (num_updates - first_update) / (time.time() - started)
-        if time.time() - printed > 5 or done:
-            printed = time.time()
-            left = timedelta(seconds=int((last_update - num_updates) / rate))
-            print(f"update {num_updates:,}/{last_update:,}, {rate:.0f} updates/s, {left} left", flush=True)
-        if num_updates % args.checkpoint_every == 0 or done or stopped:
-            if num_updates % UPDATES_PER_BLOCK == 0:  # the next block is still to be drawn
-                generator_states = [generator.get_state() for generator in generators]
-            save()
-        if num_updates == boundary:
-            print("stage 1: ", end="")
-            print_result(args, run_dir, num_updates, rate)
-
-    evaluator.close()
+    speed = (stage.end - first) / (time.time() - started)
+    rows = report(rows, jobs, run_dir, writer)
     writer.close()
-    if num_updates < last_update:
-        print(f"stopped at update {num_updates:,}; continue with: python {sys.argv[0]} --resume {run_dir}")
-        raise SystemExit(128 + stop[0])
-    print_stages(args, run_dir, num_updates, rate)
+    print(stages[0].summary(rows, args))
+    result = stage.summary(rows, args)
+    print(f"{result}; {stage.end:,} updates, {speed:.0f}/s per seed; run folder {run_dir}")
 
 
 if __name__ == "__main__":

@@ -243,8 +243,8 @@ class Agent(nn.Module):
         self.optimizers = {}
         for name in ("actor", "critic"):
             parameters = getattr(self, name).parameters()
-            on_cuda = self.normalize.mean.is_cuda
-            self.optimizers[name] = torch.optim.Adam(parameters, args.learning_rate, fused=True, capturable=on_cuda)
+            adam = torch.optim.Adam(parameters, args.learning_rate, fused=True, capturable="cuda" in args.device)
+            self.optimizers[name] = adam
 
 
 # The update ---------------------------------------------------------------------------------------

@@ -1,36 +1,69 @@
-"""The tiny harness that all tests share: import a script, run it as a user would, make small datasets.
+"""The tiny harness that all tests share: import a script, run it, make small datasets, read what a run wrote.
 
 import harness (pytest puts this folder on sys.path)
-    iql = harness.load("iql_red")                            a script as a module, by path
-    done = harness.run("iql_red", "--num-updates", 20)       a subprocess; .returncode, .stdout, .stderr
-    harness.write_minari(folder, harness.hopper_episodes())  a Minari folder, written with h5py alone
+    iql = harness.load("iql_red")                            a script as a module
+    done = harness.run("iql_red", "--num-updates", 20)       as a user would; .returncode, .stdout, .stderr
+    done = harness.forked("iql_red", "--num-updates", 20)    the same, started in milliseconds
+    harness.run_main("iql_red", "--num-updates", 20)         main() in this process, evaluations too
+    harness.write_minari(folder, harness.hopper_episodes())  a Minari folder, written with h5py
 """
 
+import concurrent.futures.process
+import copy
 import importlib.util
+import inspect
 import json
+import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
-import h5py
-import numpy as np
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: a second thread only costs here
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: at the tests' sizes a second thread only costs
+import gymnasium as gym  # noqa: E402
+import h5py  # noqa: E402
+import minari.serialization  # noqa: E402
+import numpy as np  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "algorithms").glob("*.py"))
 DATA = ROOT / "tests" / "data"
+sys.path.append(str(ROOT / "algorithms"))  # where evaluation workers find the modules, too
+
+# The offline scripts for continuous actions that the shared tests are run for, and what makes their runs
+# small beside COMMON: a script with a second stage needs the flags of its length here.
+MOVED = ["iql_red", "cql_red", "td3_bc_red", "crr_red"]
+MOVED_TOO = ["dered_iql", "asac", "iql_scaled", "td3_bc_scaled", "dqn_atari", "rem_atari"]  # scripts of other kinds in their new form; test_copies.py compares all
+COMMON = "--hidden-sizes", 8, 8, "--batch-size", 8, "--device", "cpu"
+SMALL = {
+    "iql_red": (),
+    "cql_red": ("--num-action-samples", 2),
+    "td3_bc_red": (),
+    "crr_red": (),
+}
 
 
+# Scripts ------------------------------------------------------------------------------------------
 @cache
 def load(script):
     """algorithms/<script>.py as a module."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / "algorithms" / f"{script}.py")
-    module = sys.modules[script] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(script)
+
+
+def small(script, dropout=0.0):
+    """Flags of a small run; with dropout, where the script has it."""
+    flags = [*COMMON, *SMALL.get(script, ())]
+    if "dropout" in load(script).Args.__dataclass_fields__:
+        flags += ["--dropout", dropout]
+    return flags
 
 
 def command(script, *flags):
@@ -41,9 +74,170 @@ def command(script, *flags):
 def run(script, *flags, timeout=300, cwd=None, **env):
     """Runs a script as a user would, on one thread; keyword arguments are environment variables."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    return subprocess.run(command(script, *flags), capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
+    options = dict(capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
+    return subprocess.run(command(script, *flags), **options)
 
 
+@cache
+def server():
+    """Starts a process that has imported what a run imports; runs and their workers are forked from it."""
+    context = multiprocessing.get_context("forkserver")
+    late = ["pytest", "torch._dynamo", "gymnasium.envs.mujoco.hopper_v5", "PIL.Image"]
+    context.set_forkserver_preload(late + MOVED)
+    path = os.pathsep.join(sys.path)
+    with mock.patch.dict(os.environ, {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}):
+        forkserver.ensure_running()
+    return context
+
+
+def forked_main(script, flags, cwd, output, before):
+    """What a forked process does."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    if cwd:
+        os.chdir(cwd)
+    context = multiprocessing.get_context("forkserver")
+    multiprocessing.get_context = lambda method: context  # workers are forked too, not spawned
+    module = load(script)
+    sys.argv = [module.__file__, *map(str, flags)]
+    if before:
+        before()
+    try:
+        module.main()
+    finally:
+        concurrent.futures.process._python_exit()  # ends idle workers, which this process would wait for
+
+
+def fork(script, *flags, cwd=None, before=None):
+    """Starts a script in a forked process, after a call of before(); see `finish`."""
+    output = tempfile.mkdtemp(prefix="forked-")
+    process = server().Process(target=forked_main, args=(script, flags, cwd, output, before))
+    process.output = Path(output)
+    process.start()
+    return process
+
+
+def finish(process, timeout=120):
+    """Waits for a forked process, as subprocess.run does."""
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"still running after {timeout} s")
+    texts = [(process.output / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(process.name, process.exitcode, *texts)
+
+
+def forked(script, *flags, **options):
+    return finish(fork(script, *flags, **options))
+
+
+class Pool:
+    """Evaluation workers of `run_main`: this process."""
+
+    def __init__(self, *args):
+        pass
+
+    def submit(self, function, *args):
+        future = concurrent.futures.Future()
+        future.set_result(function(*args))
+        return future
+
+
+def run_main(script, *flags):
+    """Runs main() of a script in this process, where its functions can be patched."""
+    module = load(script)
+    argv = [module.__file__, *map(str, flags)]
+    with mock.patch.object(sys, "argv", argv), mock.patch.object(module, "ProcessPoolExecutor", Pool):
+        module.main()
+
+
+def plumbing(script):
+    """The part of a script that reads data and evaluates."""
+    text = (ROOT / "algorithms" / f"{script}.py").read_text()
+    return re.search(r"\n# Plumbing.*?(?=\n# Training)", text, re.DOTALL)[0]
+
+
+def distinct():
+    """Of all moved scripts with the same plumbing the first."""
+    return list({plumbing(script): script for script in reversed(MOVED)}.values())[::-1]
+
+
+def load_data(script, *names, eval_episodes=0, **flags):
+    """The Data that a script makes of these datasets."""
+    module = load(script)
+    return module.load_data(module.Args(dataset=tuple(map(str, names)), eval_episodes=eval_episodes, **flags))
+
+
+def refused(script, *flags):
+    """The line with which a script refuses flags or data, before it makes a run folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = *small(script), "--num-updates", 20, *flags, "--run-dir", f"{folder}/run"
+        try:
+            run_main(script, *flags)
+            message = "nothing was refused"
+        except SystemExit as stop:
+            message = str(stop.code)
+        assert message.startswith("error: ") and not os.path.exists(f"{folder}/run"), message
+    return message
+
+
+def record_updates(script, *flags):
+    """The agent's tensors before the first update of a run, and the inputs of all updates by name, on top
+    of each other: (updates, S, B, ...)."""
+    module = load(script)
+    update = module.update
+    names = list(inspect.signature(update).parameters)
+    first = {}
+    inputs = {}
+
+    def recording(agent, *args):
+        if not first:
+            first.update({name: x.clone() for name, x in agent.state_dict().items()})
+        for name, x in zip(names[1:], args):
+            if hasattr(x, "numpy"):
+                inputs.setdefault(name, []).append(x.numpy().copy())
+        return update(agent, *args)
+
+    with mock.patch.object(module, "update", recording):
+        run_main(script, *flags)
+    return first, {name: np.stack(x) for name, x in inputs.items()}
+
+
+# Processes ----------------------------------------------------------------------------------------
+def members(session):
+    """Processes of this session, and those forked by the harness, which are not over."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it ended while we looked
+            continue
+        if state != "Z" and (int(sid) == session or int(parent) == forkserver._forkserver._forkserver_pid):
+            alive.append(int(stat.parent.name))
+    return alive
+
+
+def assert_no_orphans(session=None, seconds=30):
+    deadline = time.time() + seconds
+    while members(session) and time.time() < deadline:
+        time.sleep(0.02)
+    left = members(session)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def wait_for(path, is_running, since=0.0, seconds=120):
+    """Waits until something is written to a file (after `since`), or a run is over."""
+    deadline = time.time() + seconds
+    while is_running() and time.time() < deadline:
+        if path.exists() and path.stat().st_size > 0 and path.stat().st_mtime > since:
+            return
+        time.sleep(0.002)
+    assert time.time() < deadline, "waited in vain"
+
+
+# Run folders --------------------------------------------------------------------------------------
 def read_evaluations(run_dir):
     """evaluations.csv of a run folder as columns: {"update": array, "seed": array, ...}."""
     path = Path(run_dir) / "evaluations.csv"
@@ -51,9 +245,47 @@ def read_evaluations(run_dir):
     return dict(zip(names, np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2).T))
 
 
+def leaves(run_dir):
+    """All that a checkpoint holds, by the path of its keys."""
+    import torch
+
+    def walk(node, path):
+        if isinstance(node, dict):
+            items = node.items()
+        elif isinstance(node, (list, tuple)):
+            items = enumerate(node)
+        else:
+            return {path: node}
+        found = {}
+        for key, value in items:
+            found |= walk(value, f"{path}/{key}")
+        return found
+
+    return walk(torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True), "")
+
+
+def differing_leaves(run_dir, reference, prefix=""):
+    """Paths below `prefix` at which two runs' checkpoints are not the same to the bit."""
+    import torch
+
+    ours = leaves(run_dir)
+    theirs = leaves(reference)
+    paths = sorted(path for path in ours.keys() | theirs.keys() if path.startswith(prefix))
+    assert paths
+    return [path for path in paths if not torch.equal(*(torch.as_tensor(x[path]) for x in (ours, theirs)))]
+
+
+def assert_same_end(run_dir, reference):
+    """Two runs ended alike: bit-identical checkpoints, the same evaluations.csv."""
+    assert differing_leaves(run_dir, reference) == []
+    csv, expected = (Path(x) / "evaluations.csv" for x in (run_dir, reference))
+    assert csv.read_text() == expected.read_text()
+
+
+# Datasets -----------------------------------------------------------------------------------------
 def hopper_episodes(num_episodes=6, length=40, obs_dim=11, action_dim=3, seed=0):
-    """Synthetic episodes [(obs (T + 1, O), action (T, A), reward (T,), terminated (T,), truncated (T,)), ...] of
-    Hopper's shape; every other one ends in a terminal state, the rest in a truncation; returns grow with the index."""
+    """Synthetic episodes [(obs (T + 1, O), action (T, A), reward (T,), terminated (T,), truncated (T,)), ...]
+    of Hopper's shape: every other one ends truly, the rest at a time limit; returns grow with the index."""
     rng, episodes = np.random.default_rng(seed), []
     for i in range(num_episodes):
         T = length + 3 * i
@@ -65,19 +297,65 @@ def hopper_episodes(num_episodes=6, length=40, obs_dim=11, action_dim=3, seed=0)
     return episodes
 
 
-def write_minari(folder, episodes, env_id="Hopper-v5", env_kwargs=None, references=(0.0, 100.0), **metadata):
-    """Writes folder/data/{metadata.json, main_data.hdf5} in Minari's layout; a dict observation becomes a group."""
+def steps(rewards, terminated=False):
+    """One episode with these rewards, whose observations are the time; it ends truly or at a time limit."""
+    T = len(rewards)
+    ends = np.zeros((2, T), bool)
+    ends[0 if terminated else 1, -1] = True
+    obs = np.arange(T + 1, dtype=np.float32)[:, None].repeat(2, axis=1)
+    return obs, np.full((T, 1), 0.5, np.float32), np.float64(rewards), *ends
+
+
+def env_spec(env_id, kwargs=None, **changes):
+    """An environment as a dataset's metadata names it: gymnasium's own entry, some fields changed."""
+    if env_id not in gym.registry:  # nothing could make it
+        spec = {"id": env_id, "entry_point": "nowhere:Never", "kwargs": kwargs or {}}
+        return json.dumps(spec | {"max_episode_steps": None})
+    spec = copy.deepcopy(gym.spec(env_id))
+    spec.kwargs.update(kwargs or {})
+    for name, value in changes.items():
+        setattr(spec, name, value)
+    return spec.to_json()
+
+
+def space_of(x):
+    """A space for values stacked along time: boxes without bounds, by key where x is a dict."""
+    if isinstance(x, dict):
+        return gym.spaces.Dict({key: space_of(part) for key, part in x.items()})
+    return gym.spaces.Box(-np.inf, np.inf, np.shape(x)[1:], np.float32)
+
+
+def write_minari(
+    folder,
+    episodes,
+    env_id="Hopper-v5",
+    env_kwargs=None,
+    references=(0.0, 100.0),
+    obs_space=None,
+    action_space=None,
+    **metadata,
+):
+    """Writes folder/data/{metadata.json, main_data.hdf5} in Minari's layout; a dict observation becomes a
+    group. Spaces: by default those of the arrays, actions in [-1, 1]."""
     data = Path(folder) / "data"
     data.mkdir(parents=True)
-    spec = {"id": env_id, "entry_point": "nowhere:Never", "kwargs": env_kwargs or {}, "max_episode_steps": None}
-    metadata = {
+    obs_space = obs_space or space_of(episodes[0][0])
+    action_space = action_space or gym.spaces.Box(-1, 1, np.shape(episodes[0][1])[1:], np.float32)
+    low, high = references or (None, None)
+    facts = {
+        "dataset_id": "test/log-v0",
+        "minari_version": minari.__version__,
+        "data_format": "hdf5",
+        "jpeg_encoding": False,
         "total_episodes": len(episodes),
-        "env_spec": json.dumps(spec),
-        "ref_min_score": references[0] if references else None,
-        "ref_max_score": references[1] if references else None,
-        **metadata,
+        "total_steps": sum(len(episode[2]) for episode in episodes),
+        "observation_space": minari.serialization.serialize_space(obs_space),
+        "action_space": minari.serialization.serialize_space(action_space),
+        "env_spec": env_spec(env_id, env_kwargs),
+        "ref_min_score": low,
+        "ref_max_score": high,
     }
-    (data / "metadata.json").write_text(json.dumps(metadata))
+    (data / "metadata.json").write_text(json.dumps(facts | metadata))
 
     def write(group, name, value):
         if isinstance(value, dict):
@@ -94,18 +372,17 @@ def write_minari(folder, episodes, env_id="Hopper-v5", env_kwargs=None, referenc
     return Path(folder)
 
 
-def write_d4rl(path, episodes, next_observations=True):
-    """Writes the same episodes as a D4RL .hdf5 file."""
+def write_d4rl(path, episodes, next_observations=True, timeouts=True, column=False):
+    """Writes the same episodes as a D4RL .hdf5 file; column: rewards and ends as (N, 1)."""
     obs, action, reward, terminated, truncated = zip(*episodes)
+    shape = (-1, 1) if column else (-1,)
     with h5py.File(path, "w") as file:
         file["observations"] = np.concatenate([o[:-1] for o in obs])
         if next_observations:
             file["next_observations"] = np.concatenate([o[1:] for o in obs])
-        for name, value in (
-            ("actions", action),
-            ("rewards", reward),
-            ("terminals", terminated),
-            ("timeouts", truncated),
-        ):
-            file[name] = np.concatenate(value)
+        file["actions"] = np.concatenate(action)
+        file["rewards"] = np.concatenate(reward).reshape(shape)
+        file["terminals"] = np.concatenate(terminated).reshape(shape)
+        if timeouts:
+            file["timeouts"] = np.concatenate(truncated).reshape(shape)
     return Path(path)

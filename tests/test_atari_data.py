@@ -211,20 +211,6 @@ def test_an_episode_cut_after_27000_steps(tmp_path):
     assert np.flatnonzero(file.terminal).tolist() == [27_002] and file.starts.tolist() == [0, 27_003, 27_099]
 
 
-def test_what_dqn_atari_writes(tmp_path):
-    """The writer of dqn_atari.py and this loader agree on the format; so do its references and the score's ends."""
-    online = harness.load("dqn_atari")
-    episodes = [(np.stack([frame(e, t) for t in range(len(a))]), a, r) for e, (a, r) in enumerate(make_episodes())]
-    description = {"env_id": "ALE/Pong-v5", "random": -20.5, "dqn": -3.0}
-    online.write_replay(tmp_path / "pong", iter(episodes), CAPACITY, description)
-    replay, _, environment = replay_of(tmp_path / "pong", env_id=None)
-    replay.use(0, prefetch=False)
-    assert len(check_transitions(replay)) > 0.85 * sum(len(a) for a, _ in make_episodes())
-    assert environment == {"id": "ALE/Pong-v5", "kwargs": {}, "references": [-20.5, -3.0]}
-    assert replay_of(tmp_path / "pong", env_id="ALE/Pong-v5")[2] == environment
-    assert replay_of(tmp_path / "pong", env_id="ALE/Boxing-v5")[2]["references"] == (0.1, 12.1)
-
-
 def test_sampling(log):
     """A uniform number picks a row; every row has its turn, none twice, and indices keep their shape."""
     replay, *_ = replay_of(log.folder)

@@ -1,4 +1,4 @@
-"""offline_dqn_atari.py, rem_atari.py, ensemble_dqn_atari.py and qrdqn_atari.py against numpy and numbers by hand:
+"""offline_dqn_atari.py, ensemble_dqn_atari.py and qrdqn_atari.py against numpy and numbers by hand:
 network, optimisers, losses, whole updates, targets, seeds, resume, learning.
 
 The loader has its own tests in test_atari_data.py.
@@ -22,8 +22,12 @@ import pytest
 import torch
 from test_atari_data import CircularMemory, make_episodes
 
-SCRIPTS = "offline_dqn_atari", "rem_atari", "ensemble_dqn_atari", "qrdqn_atari"
-dqn, rem, ensemble, qr = map(harness.load, SCRIPTS)
+def noise_of(module, args, seed=0):
+    return ()
+
+
+SCRIPTS = "offline_dqn_atari", "ensemble_dqn_atari", "qrdqn_atari"
+dqn, ensemble, qr = map(harness.load, SCRIPTS)
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 CPU = torch.device("cpu")
@@ -57,12 +61,6 @@ def make_batch(S=1, B=3, seed=0):
     return frames[:, :, :4], action, reward, frames[:, :, 1:], mask
 
 
-def noise_of(module, args, seed=0):
-    """What update() takes beside the batch: for REM a mixture (S, K)."""
-    if module is not rem:
-        return ()
-    generators = [torch.Generator().manual_seed(100 * seed + s) for s in range(args.num_seeds)]
-    return (rem.draw_mixtures(generators, args.num_heads)[seed],)
 
 
 def state_of(agent):
@@ -311,7 +309,7 @@ def transition(action, reward, not_terminal=1.0):
 
 def test_huber():
     u = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
-    for module in (dqn, rem, ensemble):
+    for module in (dqn, ensemble):
         torch.testing.assert_close(module.huber(u), torch.tensor([2.5, 0.5, 0.125, 0.0, 0.125, 0.5, 2.5]))
 
 
@@ -323,20 +321,8 @@ def test_dqn_loss():
     assert loss_of(dqn, values, targets, transition(0, 1.0, 0.0)) == pytest.approx(0.5)
 
 
-def test_rem_mixes_before_the_maximum():
-    """The mixed target values are 0.25 (4, 0, 0) + 0.75 (0, 4, 2) = (1, 3, 1.5): y = 1 + 1.5, not 1 + 0.5 * 4."""
-    targets, values = [[4.0, 0.0], [0.0, 4.0], [0.0, 2.0]], [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
-    loss = loss_of(rem, values, targets, transition(0, 1.0), mixture=[0.25, 0.75])
-    assert loss == pytest.approx((2.5 - 1.75) ** 2 / 2)
 
 
-def test_rem_with_one_hot_mixture():
-    """g4: alpha = e_k gives the loss of head k alone."""
-    rng = np.random.default_rng(0)
-    values, targets = rng.normal(size=(2, A, 3)).astype(np.float32)
-    for k in range(3):
-        alone = loss_of(dqn, values[:, k : k + 1], targets[:, k : k + 1])
-        assert loss_of(rem, values, targets, mixture=np.eye(3, dtype=np.float32)[k]) == pytest.approx(alone, rel=1e-5)
 
 
 def test_identical_heads():
@@ -344,7 +330,6 @@ def test_identical_heads():
     values, targets = np.random.default_rng(1).normal(size=(2, A, 1)).astype(np.float32)
     alone = loss_of(dqn, values, targets)
     copies = values.repeat(4, 1), targets.repeat(4, 1)
-    assert loss_of(rem, *copies, mixture=[0.1, 0.2, 0.3, 0.4]) == pytest.approx(alone, rel=1e-5)
     assert loss_of(ensemble, *copies) == pytest.approx(alone, rel=1e-5)
     assert loss_of(ensemble, *copies, averaged_target=True) == pytest.approx(alone, rel=1e-5)
 
@@ -386,33 +371,8 @@ def test_qr_takes_the_action_with_the_best_mean_in_the_target():
     assert loss_of(qr, values, targets, transition(0, 0.0)) == pytest.approx(expected)
 
 
-def test_rem_with_one_head_is_dqn():
-    """g1: for any draw, the same losses and, after updates of all weights, the same networks."""
-    args = make_args(rem, num_heads=1, learning_rate=1e-3)
-    ours, theirs = make_agent(rem, args, spread=0.2), make_agent(dqn, make_args(dqn), spread=0.2)
-    theirs.optimizers["network"].learning_rate = 1e-3
-    for n in range(3):
-        batch = make_batch(seed=n)
-        loss = rem.update(ours, batch, *noise_of(rem, args, n), args)["loss/td"]
-        torch.testing.assert_close(loss, dqn.update(theirs, batch, make_args(dqn))["loss/td"])
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q)
 
 
-def test_mixtures():
-    """g9: positive, sum 1, mean 1/K, fresh at every update, of each seed's own generator; normalised uniform numbers:
-    for K = 2 a sixth of them is below 1/4 (on the whole simplex it would be a quarter)."""
-    generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
-    alpha = rem.draw_mixtures(generators, 200)
-    assert alpha.shape == (100, 2, 200) and (alpha > 0).all()
-    torch.testing.assert_close(alpha.sum(-1), torch.ones(100, 2))
-    assert alpha.mean() == pytest.approx(1 / 200) and (200 * alpha).std() == pytest.approx(0.578, abs=0.01)
-    assert len({row.numpy().tobytes() for row in alpha.flatten(0, 1)}) == 200
-    alone = rem.draw_mixtures([torch.Generator().manual_seed(4)], 200)
-    assert torch.equal(alpha[:, 1], alone[:, 0]) and not torch.equal(alpha, rem.draw_mixtures(generators, 200))
-    two = torch.cat([rem.draw_mixtures(generators, 2) for _ in range(100)])[..., 0]
-    assert (two < 0.25).float().mean() == pytest.approx(1 / 6, abs=0.01)
-    assert (rem.draw_mixtures(generators, 1) == 1).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +436,7 @@ class NumpyAgent:
         grad, loss = np.zeros_like(q), 0.0
         for b in range(B):
             a, bootstrap = action[b], gamma * mask[b]
-            if self.script in ("offline_dqn_atari", "rem_atari"):
+            if self.script == "offline_dqn_atari":
                 weights = np.ones(1) if alpha is None else alpha
                 u = weights @ q[b, a] - (reward[b] + bootstrap * max(weights @ next_q[b, other] for other in range(A)))
                 loss, grad[b, a] = loss + huber(u) / B, weights * np.clip(u, -1, 1) / B
@@ -511,8 +471,6 @@ VARIANTS = [
     ("offline_dqn_atari", {}),
     ("offline_dqn_atari", {"optimizer": "rmsprop", "optimizer_eps": 1e-5}),
     ("offline_dqn_atari", {"optimizer": "rmsprop", "optimizer_style": "torch", "optimizer_eps": 1e-2}),
-    ("rem_atari", {}),
-    ("rem_atari", {"optimizer_style": "torch"}),
     ("ensemble_dqn_atari", {}),
     ("ensemble_dqn_atari", {"averaged_target": True}),
     ("qrdqn_atari", {}),
@@ -550,7 +508,7 @@ def test_an_update_gets_its_row(monkeypatch, script):
     module, seen = harness.load(script), []
     monkeypatch.setattr(module, "update", lambda *inputs: seen.append(inputs) or {"n": len(seen)})
     rows = [torch.rand(3, 2, 4, 5, 7, 7), *(torch.rand(3, 2, 4) for _ in range(3))]
-    noise = [torch.rand(3, 2, 6)] if module is rem else []
+    noise = []
     assert module.run_atari_updates("agent", "args", *rows, *noise) == {"n": 3} and len(seen) == 3
     for m, (agent, (obs, action, reward, next_obs, mask), *rest) in enumerate(seen):
         assert torch.equal(obs, rows[0][m, :, :, :4]) and torch.equal(next_obs, rows[0][m, :, :, 1:])
@@ -752,8 +710,6 @@ def test_captured_updates_equal_eager_ones(script):
         )
         batches = [make_batch(S=2, seed=10 * i + n) for n in range(10)]
         inputs = [frames, *(torch.stack([b[j] for b in batches]) for j in (1, 2, 4))]
-        if module is rem:
-            inputs.append(rem.draw_mixtures([torch.Generator().manual_seed(s + i) for s in (0, 1)], 4)[:10])
         inputs = [x.cuda() for x in inputs]
         graph = graph or module.cuda_graph(learn[0], agents[0], *inputs)
         captured, eager = graph(*inputs), learn[1](*inputs)
@@ -770,10 +726,10 @@ def test_captured_updates_equal_eager_ones(script):
 def test_a_run_on_a_gpu_ends_as_one_on_the_cpu(run_main, data, monkeypatch, tmp_path, where):
     """The same draws, graphs or not, frames on the GPU or in pinned memory of the host."""
     if where == "host":
-        monkeypatch.setattr(rem.torch.cuda, "mem_get_info", lambda device: (0, 0))
+        monkeypatch.setattr(ensemble.torch.cuda, "mem_get_info", lambda device: (0, 0))
     flags = "--dataset", data, *BLIND, "--num-heads", 4, "--num-updates", 60, "--memory-gb", 0.0024
-    run_main(rem, *flags, "--run-dir", tmp_path / "cpu")
-    run_main(rem, *flags, "--device", "cuda", "--run-dir", tmp_path / "cuda")
+    run_main(ensemble, *flags, "--run-dir", tmp_path / "cpu")
+    run_main(ensemble, *flags, "--device", "cuda", "--run-dir", tmp_path / "cuda")
     ours, theirs = (checkpoint_of(tmp_path / name)["agent"] for name in ("cuda", "cpu"))
     for name, x in theirs.items():
         torch.testing.assert_close(ours[name].cpu(), x, rtol=1e-2, atol=1e-4)
@@ -788,10 +744,10 @@ def test_resume_in_the_middle_of_a_window(run_main, data, tmp_path):
     """Runs that stop where nothing ends, and go on, draw and load what they would have, and end like one at once."""
     flags = "--dataset", data, *BLIND, "--num-heads", 4, "--memory-gb", 0.0024, "--window-updates", 100
     flags += "--target-every", 30
-    run_main(rem, *flags, "--num-updates", 150, "--run-dir", tmp_path / "whole")
-    run_main(rem, *flags, "--num-updates", 57, "--run-dir", tmp_path / "parts")
-    run_main(rem, "--resume", tmp_path / "parts", "--num-updates", 100)  # a window's end
-    run_main(rem, "--resume", tmp_path / "parts", "--num-updates", 150)
+    run_main(ensemble, *flags, "--num-updates", 150, "--run-dir", tmp_path / "whole")
+    run_main(ensemble, *flags, "--num-updates", 57, "--run-dir", tmp_path / "parts")
+    run_main(ensemble, "--resume", tmp_path / "parts", "--num-updates", 100)  # a window's end
+    run_main(ensemble, "--resume", tmp_path / "parts", "--num-updates", 150)
     assert_same_checkpoint(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -804,7 +760,7 @@ def runs(data, tmp_path_factory):
     flags += "--eval-episodes", 1, "--eval-workers", 0, "--checkpoint-every", 23, "--target-every", 50
     flags += "--memory-gb", 0.0024, "--window-updates", 100
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = harness.command("rem_atari", *flags, "--run-dir", victim)
+    command = harness.command("ensemble_dqn_atari", *flags, "--run-dir", victim)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     saves, last, deadline = 0, None, time.time() + 120
     while saves < 2 + rng.randint(0, 3):
@@ -818,8 +774,8 @@ def runs(data, tmp_path_factory):
     process.communicate()
     assert checkpoint_of(victim)["num_updates"] < 250
     with pytest.MonkeyPatch.context() as patch:
-        main_of(patch, rem, "--resume", victim)
-        main_of(patch, rem, *flags, "--run-dir", folder / "unbroken")
+        main_of(patch, ensemble, "--resume", victim)
+        main_of(patch, ensemble, *flags, "--run-dir", folder / "unbroken")
     return victim, folder / "unbroken"
 
 
@@ -827,7 +783,7 @@ def test_a_killed_and_resumed_run_ends_like_one_never_stopped(runs):
     victim, unbroken = runs
     assert_same_checkpoint(victim, unbroken)
     assert (victim / "evaluations.csv").read_text() == (unbroken / "evaluations.csv").read_text()
-    assert json.loads((victim / "config.json").read_text())["script"] == "rem_atari"
+    assert json.loads((victim / "config.json").read_text())["script"] == "ensemble_dqn_atari"
     rows = harness.read_evaluations(unbroken)
     assert rows["update"].tolist() == [250] and -21 <= rows["return"][0] <= 21 and rows["length"][0] > 500
 
@@ -835,7 +791,7 @@ def test_a_killed_and_resumed_run_ends_like_one_never_stopped(runs):
 def test_evaluate(runs, run_main, capsys):
     _, unbroken = runs
     before = {path.name: path.read_bytes() for path in unbroken.iterdir()}
-    run_main(rem, "--evaluate", unbroken, "--eval-episodes", 1)
+    run_main(ensemble, "--evaluate", unbroken, "--eval-episodes", 1)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("seed 0: return -") and "normalised score" in line
     assert before == {path.name: path.read_bytes() for path in unbroken.iterdir()}
@@ -865,7 +821,7 @@ def test_what_is_evaluated(run_main, data, monkeypatch, tmp_path, script):
 def test_another_scripts_run(runs, run_main, capsys):
     with pytest.raises(SystemExit) as ended:
         run_main(qr, "--resume", runs[1])
-    assert ended.value.code == 2 and "is a run of rem_atari.py" in capsys.readouterr().err
+    assert ended.value.code == 2 and "is a run of ensemble_dqn_atari.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -890,7 +846,7 @@ def test_what_a_user_can_get_wrong(run_main, data, capsys, monkeypatch, tmp_path
     """One line, exit status 2, no run folder."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network
     with pytest.raises(SystemExit) as ended:
-        run_main(rem, "--dataset", data, flag, value, "--run-dir", tmp_path / "run")
+        run_main(ensemble, "--dataset", data, flag, value, "--run-dir", tmp_path / "run")
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert str(value) in error and not (tmp_path / "run").exists()
@@ -905,6 +861,6 @@ def test_broken_frames_leave_no_run_folder(run_main, data, capsys, tmp_path):
     broken = folder / "$store$_observation_ckpt.3.gz"
     broken.write_bytes(broken.read_bytes()[:-3000])
     with pytest.raises(SystemExit) as ended:
-        run_main(rem, "--dataset", folder, "--env-id", "ALE/Pong-v5", "--run-dir", tmp_path / "run")
+        run_main(ensemble, "--dataset", folder, "--env-id", "ALE/Pong-v5", "--run-dir", tmp_path / "run")
     error = capsys.readouterr().err
     assert ended.value.code == 2 and str(broken) in error and "is broken" in error and not (tmp_path / "run").exists()

@@ -18,7 +18,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from test_asac import NumpyActorCritic, in_double, leaves_of, make_transitions, record, state_of, two_steps
+from old_asac_helpers import NumpyActorCritic, in_double, leaves_of, make_transitions, record, state_of, two_steps
 
 asac, awac = harness.load("asac"), harness.load("awac")
 

@@ -19,8 +19,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from test_cql_red import backward, forward, layers_of
-from test_sac import LoggedEnv, is_termination
+from old_helpers import LoggedEnv, backward, forward, is_termination, layers_of
 
 bcq = harness.load("bcq")
 

@@ -21,8 +21,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from test_cql_red import NumpyCQL, backward, forward, layers_of, tanh_normal
-from test_sac import LoggedEnv, is_termination
+from old_helpers import LoggedEnv, NumpyCQL, backward, forward, is_termination, layers_of, tanh_normal
 
 bred, sac = harness.load("bred"), harness.load("sac")
 
@@ -530,19 +529,6 @@ def test_finetune_update_against_numpy(policy, N):
             assert_same_layers(agent.target_critic, (g, c), reference.targets[c])
 
 
-def test_one_member_is_sac():
-    """Spec g4: with N = 1 and without steps, both losses are sac.py's."""
-    args = make_args(num_agents=1, num_seeds=2, learning_rate=0.0, online_policy_learning_rate=0.0, polyak=0.0)
-    agent = make_agent("online", args)
-    theirs = sac.SACAgent(O, A, sac.Args(num_seeds=2, hidden_sizes=(16, 16), learning_rate=0.0), CPU).double()
-    ours = {f"actor.{k}": x for k, x in agent.policies.state_dict().items()}
-    ours |= {k: x for k, x in agent.state_dict().items() if k.startswith(("critic", "target_critic", "log_alpha"))}
-    theirs.load_state_dict({**theirs.state_dict(), **ours})
-    batch, (noise, next_noise) = make_batch(2), online_noise(agent, 2)
-    metrics = bred.finetune_update(agent, batch, noise, next_noise, args)
-    expected = sac.update(theirs, batch, torch.stack([next_noise[:, 0, 0], noise[:, 0, 0]]), args)
-    for name in "loss/critic", "loss/actor", "value/q", "policy/entropy", "policy/alpha":
-        torch.testing.assert_close(metrics[name], expected[name])
 
 
 def test_every_member_has_its_own_target():

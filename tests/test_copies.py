@@ -1,40 +1,53 @@
-"""The scripts stay single files and one family: same-named code is the same text, and every script has the skeleton.
+"""The scripts stay single files, small, and one family: same-named code is the same text, all keep one form.
 
-Reads the scripts as text and syntax trees; nothing is imported.
+Scripts that still have their first form are compared among themselves only.
 """
 
 import ast
 import importlib.metadata
+import io
 import re
+import shlex
 import sys
+import tokenize
 from itertools import combinations
 
 import harness
 import pytest
+import tyro
 
-MAY_DIFFER = {"Args", "update", "main", "RESUME_MAY_CHANGE"}  # what makes a script the script it is
-SECTIONS = ("The idea", "Networks", "The update", "Plumbing", "Training")  # beginnings of their banners, in this order
-OFFLINE_FLAGS = """dataset env_id seed num_seeds num_updates batch_size gamma eval_every eval_episodes eval_workers
-    device run_dir resume evaluate checkpoint_every capture_video""".split()
+NEW = [path for path in harness.SCRIPTS if path.stem in harness.MOVED + harness.MOVED_TOO]
+OLD = [path for path in harness.SCRIPTS if "RESUME_MAY_CHANGE" in path.read_text()]
+MAY_DIFFER = {"Args", "Agent", "update", "main", "sampling_probabilities", "RESUME_MAY_CHANGE"}
 
-scripts = pytest.mark.parametrize("script", harness.SCRIPTS, ids=lambda path: path.stem)
+BUDGETS = {  # tokens of code, of them plumbing, lines; tokens a line, definitions, lines of main
+    (5_800, 3_800, 760, 11, 34, 115): "iql_red td3_bc_red crr_red",
+    (7_000, 3_800, 880, 11, 34, 115): "cql_red dered_iql rvs_lds asac iql_scaled td3_bc_scaled",
+    (7_800, 4_600, 960, 11, 34, 115): "awac bcq bred",
+    (5_800, 3_700, 760, 11, 34, 115): "rem_atari qrdqn_atari ensemble_dqn_atari offline_dqn_atari c51_atari",
+    (5_400, 3_500, 720, 11, 34, 115): "sac td3 dqn_atari rem_online_atari",
+    (5_000, 5_000, 660, 11, 34, 115): "mood made_behavior",
+}
+
+scripts = pytest.mark.parametrize("script", NEW, ids=lambda path: path.stem)
 
 
 def names_of(node):
     """Names that a statement at module level defines: of a function, a class, or plain assignments."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [name.id for target in targets for name in ast.walk(target or node) if target and isinstance(name, ast.Name)]
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def definitions(path):
-    """{name: source text} of what a script defines at module level: decorators, comments directly above and inside,
-    and the comment behind the last line included. What one name gathers in several statements is joined."""
-    lines, found = path.read_text().splitlines(), {}
+    """{name: source text} of what a script defines at module level, with decorators and comments, also those
+    directly above (but for a section's title). What one name gathers in several statements is joined."""
+    lines = path.read_text().splitlines()
+    found = {}
     for node in ast.parse("\n".join(lines)).body:
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
-        while first and lines[first - 1].startswith("#"):
+        while first and lines[first - 1].startswith("#") and not lines[first - 1].endswith("-"):
             first -= 1
         for name in names_of(node):
             found[name] = found.get(name, "") + "\n".join(lines[first : node.end_lineno]) + "\n"
@@ -44,89 +57,55 @@ def definitions(path):
 def differing_copies(paths):
     """(name, script, script) for every name that two scripts define with different text."""
     of_script = {path: definitions(path) for path in paths}
-    return [
-        (name, a.name, b.name)
-        for a, b in combinations(paths, 2)
-        for name in sorted(of_script[a].keys() & of_script[b].keys() - MAY_DIFFER)
-        if of_script[a][name] != of_script[b][name]
-    ]
+    found = []
+    for a, b in combinations(paths, 2):
+        names = sorted(of_script[a].keys() & of_script[b].keys() - MAY_DIFFER)
+        found += [(name, a.name, b.name) for name in names if of_script[a][name] != of_script[b][name]]
+    return found
 
 
-def banners(path):
-    """[(line, title), ...] of the sections: comments between two rules."""
-    lines = path.read_text().splitlines()
-    rules = [i for i, line in enumerate(lines) if re.fullmatch(r"# -{60,}", line)]
-    return [(i + 2, lines[i + 1].removeprefix("# ")) for i in rules[::2]]
+def sizes(text):
+    """(tokens of code, of them below the first comment line with the word Plumbing, lines, tokens a line of
+    code, definitions, lines of main). Comments, docstrings and line ends are no code."""
+    tree = ast.parse(text)
+    docs = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            docs |= set(range(node.lineno, node.end_lineno + 1))
+    quiet = {getattr(tokenize, kind) for kind in "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    rows = [token.start[0] for token in tokens if token.type not in quiet and token.start[0] not in docs]
+    lines = text.splitlines()
+    marks = [i for i, line in enumerate(lines, 1) if re.match(r"\s*#.*Plumbing", line)]
+    plumbing = sum(row > min(marks, default=len(lines)) for row in rows)
+    nodes = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    main = sum(node.end_lineno - node.lineno + 1 for node in nodes if node.name == "main")
+    return len(rows), plumbing, len(lines), round(len(rows) / len(set(rows)), 1), len(nodes), main
 
 
-def args_fields(path):
-    """[(name, docstring or None), ...] of the dataclass Args."""
-    body = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
-    fields = []
-    for node, following in zip(body, [*body[1:], None]):
-        if isinstance(node, ast.AnnAssign):
-            text = following.value if isinstance(following, ast.Expr) else None
-            is_text = isinstance(text, ast.Constant) and isinstance(text.value, str) and text.value.strip()
-            fields.append((node.target.id, text.value if is_text else None))
-    return fields
-
-
-def is_network(node):
-    return isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "nn.Module" for base in node.bases)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Copies
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_same_name_same_text():
-    assert len(harness.SCRIPTS) >= 2
-    differing = differing_copies(harness.SCRIPTS)
+@pytest.mark.parametrize("paths", [NEW, OLD], ids=["new", "old"])
+def test_same_name_same_text(paths):
+    differing = differing_copies(paths)
     assert not differing, "\n".join(f"{name} differs between {a} and {b}" for name, a, b in differing)
 
 
-def test_the_comparison_sees_the_plumbing():
-    """The scripts do share what CONVENTIONS.md calls the same in every script: the test above compares something."""
-    everywhere = "SCRIPT fail parse_args check_range choose_device normalized_score open_run_dir"
-    everywhere += " write_atomically load_checkpoint on_stop_signal"
-    on_mujoco = "MLP Adam D4RL_REFERENCES ENV_PACKAGES make_env policy_of_seed run_episodes Evaluator evaluate_run"
-    on_mujoco += " print_result"
-    for paths, names in (
-        (harness.SCRIPTS, everywhere),
-        ([path for path in harness.SCRIPTS if not path.stem.endswith("_atari")], on_mujoco),
-    ):
-        assert not set(names.split()) - set.intersection(*(set(definitions(path)) for path in paths))
-
-
-SAMPLE = """\
-import math
-
-SIZE = 3  # as in the paper
+SAMPLE = '''\
 # why these
-NAMES = {
-    "a": 1,  # first
-}
+NAMES = {"a": 1}  # first
 NAMES |= {"b": 2}
 
 
+# Plumbing -----
 @property
 def double(x):
-    '''Twice x.'''
+    """Twice x."""
     # exact for powers of two
     return 2 * x  # no rounding
 
 
-class Net:
-    width = 4
-
-    def forward(self, x):
-        return x  # (S, B)
-
-
 def update(x):
     return x
-"""
+'''
 
 
 @pytest.mark.parametrize(
@@ -134,153 +113,89 @@ def update(x):
     [
         ("2 * x", "3 * x", "double"),
         ("Twice x.", "Twice x", "double"),
-        ("two\n", "twos\n", "double"),
         ("no rounding", "no roundinG", "double"),
         ("@property", "@propertY", "double"),
-        ("def double(x)", "def double(x, )", "double"),
-        ("width = 4", "width = 5", "Net"),
-        ("# (S, B)", "# (S, C)", "Net"),
-        ("SIZE = 3", "SIZE = 4", "SIZE"),
-        ("the paper", "the papers", "SIZE"),
-        ('"a": 1', '"a": 2', "NAMES"),
-        ("# why these", "# why those", "NAMES"),
         ("# first", "# First", "NAMES"),
+        ("# why these", "# why those", "NAMES"),
         ('"b": 2', '"b": 3', "NAMES"),
     ],
 )
 def test_the_comparison_notices_one_character(tmp_path, old, new, name):
+    """... but neither other places, nor other names, nor another update."""
     a, b = tmp_path / "a.py", tmp_path / "b.py"
     a.write_text(SAMPLE)
-    assert SAMPLE.count(old) == 1
-    b.write_text(SAMPLE)
+    b.write_text("OTHER = 1\n\n" + SAMPLE.replace("    return x\n", "    return -x\n"))
     assert differing_copies([a, b]) == []
+    assert SAMPLE.count(old) == 1
     b.write_text(SAMPLE.replace(old, new))
     assert differing_copies([a, b]) == [(name, "a.py", "b.py")]
 
 
-def test_the_comparison_allows_what_may_differ(tmp_path):
-    """Other `update`s, other positions in the file, and names of only one script are no difference."""
-    a, b = tmp_path / "a.py", tmp_path / "b.py"
-    a.write_text(SAMPLE)
-    b.write_text("import os\n\n\ndef other():\n    pass\n\n\n" + SAMPLE.replace("    return x\n", "    return -x\n"))
-    assert differing_copies([a, b]) == []
+def test_sizes_are_counted_right():
+    assert sizes(SAMPLE) == (14 + 20, 20, 15, round(34 / 7, 1), 2, 0)  # by hand
 
 
 @scripts
-def test_a_name_is_defined_once(script):
-    """A second definition would silently replace the first; constants may be extended with |=."""
-    names = [
-        name
-        for node in ast.parse(script.read_text()).body
-        if not isinstance(node, ast.AugAssign)
-        for name in names_of(node)
-    ]
-    assert sorted(names) == sorted(set(names))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Single files
-# ---------------------------------------------------------------------------------------------------------------------
+def test_budget(script):
+    (budget,) = [most for most, names in BUDGETS.items() if script.stem in names.split()]
+    found = sizes(script.read_text())
+    assert all(size <= most for size, most in zip(found, budget)), f"{found}, allowed {budget}"
 
 
 @scripts
 def test_imports_come_from_packages_only(script):
-    """Standard library and installed packages; no other script, no tests, no shared module, nothing relative."""
+    """Standard library and installed packages; no script, no test, nothing relative."""
     packages = set(importlib.metadata.packages_distributions()) | set(sys.stdlib_module_names)
-    own = {path.stem for path in harness.ROOT.rglob("*.py") if "site-packages" not in path.parts}
-    own |= {"algorithms", "tests"}
-    for node in ast.walk(ast.parse(script.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import"
-            modules = [node.module]
-        elif isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        else:
-            continue
-        for module in modules:
-            top = module.split(".")[0]
-            assert top in packages and top not in own, f"line {node.lineno}: import {module}"
-    for trick in ("sys.path", "importlib.util", "runpy", "exec(", "site.addsitedir"):
-        assert trick not in script.read_text()
-    assert not (script.parent / "__init__.py").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The skeleton
-# ---------------------------------------------------------------------------------------------------------------------
+    own = {path.stem for path in (*harness.SCRIPTS, *(harness.ROOT / "tests").glob("*.py"))}
+    names = re.findall(r"^ *(?:from|import) ([\w.]+)(?: (?:import|as) .*)?$", script.read_text(), re.M)
+    assert {name.split(".")[0] for name in names} <= packages - own
+    assert not re.search(r"sys\.path\b|importlib\.util|import_module|runpy|exec\(", script.read_text())
 
 
 @scripts
-def test_docstring(script):
-    """Paper, idea, equations by number, differences, and commands that the script's own flags allow."""
-    doc = ast.get_docstring(ast.parse(script.read_text()))
-    assert re.search(r"arXiv:\d{4}\.\d{4,5}", doc) and re.search(r"\b(19|20)\d\d\b", doc)
-    assert re.search(r"^Idea", doc, re.M) and re.search(r"^Objective", doc, re.M) and re.search(r"^Expected", doc, re.M)
-    assert len(re.findall(r"\(\d+\)", doc)) >= 3, "equation numbers"
-    assert re.search(r"^What differs from the papers? and (its|their) code, and why", doc, re.M)
-    commands = re.findall(rf"python algorithms/{script.stem}\.py(.*)", doc)
-    assert commands
-    flags = {name.replace("_", "-") for name, _ in args_fields(script)}
-    assert {flag for command in commands for flag in re.findall(r"--([a-z0-9-]+)", command)} <= flags
+def test_form(script):
+    """One statement a line, no two assignments in one, each name defined once; every flag in one line with
+    its help behind it; the sections in order, main() and its call last."""
+    text = script.read_text()
+    tree = ast.parse(text)
+    assert not [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string == ";"]
+    for node in ast.walk(tree):
+        for inner in node.body if isinstance(getattr(node, "body", None), list) else []:
+            assert inner.lineno > getattr(node, "lineno", 0), f"line {inner.lineno}: behind a colon"
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            assert not isinstance(node.value, ast.Tuple), f"line {node.lineno}: two assignments"
+    names = [name for node in tree.body if not isinstance(node, ast.AugAssign) for name in names_of(node)]
+    assert sorted(names) == sorted(set(names))
 
+    (args,) = [node for node in tree.body if names_of(node) == ["Args"]]
+    fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+    for node in fields:
+        behind = text.splitlines()[node.lineno - 1][node.end_col_offset :]
+        assert node.lineno == node.end_lineno and re.match(r"  # \w", behind), node.target.id
 
-@scripts
-def test_order_of_sections(script):
-    """Docstring, imports, Args, (idea,) networks, update, plumbing, training, main; each part in its section."""
-    tree, found = ast.parse(script.read_text()), banners(script)
-    ranks = [next((i for i, s in enumerate(SECTIONS) if title.startswith(s)), None) for _, title in found]
-    assert None not in ranks and ranks == sorted(ranks), found
-    assert set(ranks) >= {1, 2, 3, 4}, found
-    if "dataset" in dict(args_fields(script)):
-        assert 0 in ranks, "an offline script shows its idea in a section of its own"
-
-    def section(node):
-        return max((SECTIONS[rank] for (line, _), rank in zip(found, ranks) if line < node.lineno), key=SECTIONS.index)
-
-    nodes = {name: node for node in tree.body for name in names_of(node)}
-    kinds = [type(node) for node in tree.body]
-    last_import = max(i for i, kind in enumerate(kinds) if kind in (ast.Import, ast.ImportFrom))
-    assert isinstance(tree.body[0], ast.Expr) and set(kinds[1 : last_import + 1]) <= {ast.Import, ast.ImportFrom}
-    assert names_of(tree.body[last_import + 1]) == ["Args"]
-    assert nodes["Args"].end_lineno < found[0][0]
-    for node in tree.body:
-        if is_network(node):
-            assert section(node) == "Networks", node.name
-    for name, expected in (
-        ("MLP", "Networks"),
-        ("update", "The update"),
-        ("parse_args", "Plumbing"),
-        ("make_env", "Plumbing"),
-        ("load_dataset", "Plumbing"),
-        ("Evaluator", "Plumbing"),
-        ("open_run_dir", "Plumbing"),
-        ("main", "Training"),
-    ):
-        assert name not in nodes or section(nodes[name]) == expected, name
+    order = ["The idea", "Networks", "The update", "Plumbing", "Training"]
+    found = [order.index(title) for title in re.findall(rf"^# ({'|'.join(order)})\b.* -+$", text, re.M)]
+    assert found == sorted(found) and set(found) >= {1, 2, 3, 4}
     assert names_of(tree.body[-2]) == ["main"]
     assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    main()"
 
 
 @scripts
-def test_every_flag_is_explained(script):
-    """A docstring under each field: it is what --help shows. Offline scripts share their flags' names."""
-    fields = dict(args_fields(script))
-    assert len(fields) > 10 and [name for name, text in fields.items() if text is None] == []
-    if "dataset" in fields:
-        assert not set(OFFLINE_FLAGS) - fields.keys()
-
-
-@scripts
-@pytest.mark.parametrize("document", ["README.md", "benchmarks.md"])
-def test_documents_name_every_script(script, document):
-    assert script.name in (harness.ROOT / document).read_text()
-
-
-def test_the_checks_notice(tmp_path):
-    """The helpers behind the tests above find a missing docstring, and banners as they are written."""
-    path = tmp_path / "a.py"
-    path.write_text('class Args:\n    a: int = 1\n    """one"""\n    b: int = 2\n    c: int = 3\n    """ """\n')
-    assert args_fields(path) == [("a", "one"), ("b", None), ("c", None)]
-    rule = "# " + "-" * 117
-    path.write_text(f"x = 1\n{rule}\n# Networks. All.\n# More.\n{rule}\ny = 2\n\n{rule}\n# The update\n{rule}\n")
-    assert banners(path) == [(3, "Networks. All."), (9, "The update")]
+def test_documents(script):
+    """The docstring has papers, idea, equations by number, differences; commands and flags to paste, which
+    the script's parser takes. README.md and benchmarks.md name the script."""
+    doc = ast.get_docstring(ast.parse(script.read_text()))
+    assert len(doc.splitlines()) <= 45
+    assert re.search(r"\b(19|20)\d\d,\s+arXiv:\d{4}\.\d{4,5}", doc)
+    for start in "Idea", "Objective", "What differs from the", "Expected":
+        assert re.search(rf"^{start}", doc, re.M), start
+    assert len(re.findall(r"\(\d+\)", doc)) >= 2, "equation numbers"
+    Args = harness.load(script.stem).Args
+    joined = re.sub(r"\\?\n +--", " --", doc)
+    commands = re.findall(rf"python algorithms/{script.stem}\.py(.*)", joined)
+    assert commands
+    for flags in commands + re.findall(r"^[A-Z][^:]*: +(--.*)", joined, re.M):
+        tyro.cli(Args, args=shlex.split(flags))
+    assert set(re.findall(r"--(?:no-)?([a-z][\w-]+)", doc)) <= {x.replace("_", "-") for x in Args.__annotations__}
+    for document in "README.md", "benchmarks.md":
+        assert script.name in (harness.ROOT / document).read_text(), document

@@ -1,68 +1,30 @@
-"""The GPU path of every script without a GPU: CUDA graphs emulated on the CPU.
+"""The GPU path of the moved scripts without a GPU: CUDA graphs emulated on the CPU.
 
-A CUDA graph is a fixed list of operations on fixed memory. Recording writes down every operation below autograd, with
-the tensors that it read and wrote; Graph.replay runs them again and puts the results where they stood. So whatever a
-real graph would freeze is frozen here too: Python branches, counters and numbers, tensors that are replaced instead of
-written. A run of main() through such graphs has to end with the bits of an eager one.
+A CUDA graph is a fixed list of operations on fixed memory. Recording writes down every operation below
+autograd, with the tensors that it read and wrote; Graph.replay runs them again and puts the results where
+they stood. So whatever a real graph would freeze is frozen here too: Python branches, counters, numbers,
+tensors that are replaced instead of written. A run through such graphs has to end with an eager one's bits.
 
-What a graph cannot hold at all (waiting for the device, copies from the host, shapes that depend on data) is looked
-for by a second device that computes nothing, torch's `meta`: the captured function runs there, with all its tensors.
+What a graph cannot hold at all (waiting for the device, copies from the host, shapes that depend on data) is
+looked for by a second device that computes nothing, torch's `meta`: the recorded step runs there.
 """
 
 import contextlib
 import copy
 import functools
-import signal
+import inspect
 import sys
 import types
 
 import harness
 import pytest
-from test_atari_data import CircularMemory, make_episodes
 
 torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-SMALL = "--eval-episodes 0 --device cpu --num-seeds 2"
-OFFLINE = f"{SMALL} --hidden-sizes 8 8 --batch-size 8 --num-updates 43 --log-every 15"
-MODERN = f"{OFFLINE.replace('8 8', '8 8 8')} --architecture modern --num-critics 3"
-FINETUNED = f"{OFFLINE} --online-steps 40 --steps-per-epoch 20 --first-updates 23 --updates-per-epoch 13"
-ATARI = f"{SMALL} --channels 2 3 2 --hidden-size 8 --batch-size 4"
-LOGGED_ATARI = f"{ATARI} --num-updates 33 --log-every 20"
-
-# name: (script, flags, how many graphs main() captures)
-RUNS = {
-    "iql_red": ("iql_red", OFFLINE, 1),
-    "cql_red": ("cql_red", f"{OFFLINE} --num-action-samples 2", 1),
-    "cql_red, other terms": ("cql_red", f"{OFFLINE} --num-action-samples 2 --lagrange-gap 1 --max-target-backup", 1),
-    "td3_bc_red": ("td3_bc_red", OFFLINE, 2),  # one that begins with the actor's turn, one that does not
-    "crr_red": ("crr_red", OFFLINE, 1),
-    "crr_red, max, binary": ("crr_red", f"{OFFLINE} --advantage max --weight binary", 1),
-    "dered_iql": ("dered_iql", f"{OFFLINE} --stage2-updates 33", 2),
-    "rvs_lds": ("rvs_lds", f"{OFFLINE} --dropout 0", 1),
-    "asac": ("asac", OFFLINE, 1),
-    "asac, modern": ("asac", MODERN, 1),
-    "awac": ("awac", f"{OFFLINE} --online-steps 25", 2),
-    "awac, modern": ("awac", MODERN, 1),
-    "iql_scaled": ("iql_scaled", OFFLINE, 1),
-    "td3_bc_scaled": ("td3_bc_scaled", OFFLINE, 1),
-    "bred": ("bred", f"{FINETUNED} --num-agents 2 --num-action-samples 2 --distil-epochs 3", 3),
-    "bcq": ("bcq", f"{FINETUNED} --vae-hidden-sizes 8 --num-candidates 3", 1),
-    "offline_dqn_atari": ("offline_dqn_atari", LOGGED_ATARI, 1),
-    "offline_dqn_atari, rmsprop": ("offline_dqn_atari", f"{LOGGED_ATARI} --optimizer rmsprop", 1),
-    "rem_atari": ("rem_atari", f"{LOGGED_ATARI} --num-heads 4", 1),
-    "qrdqn_atari": ("qrdqn_atari", f"{LOGGED_ATARI} --num-heads 4", 1),
-    "ensemble_dqn_atari": ("ensemble_dqn_atari", f"{LOGGED_ATARI} --num-heads 4", 1),
-    "sac": ("sac", f"{SMALL} --hidden-sizes 8 --env-id Pendulum-v1 --num-steps 60 --learning-starts 20", 1),
-    "dqn_atari": ("dqn_atari", f"{ATARI} --env-id ALE/Pong-v5 --num-steps 90 --learning-starts 40 --replay-size 80", 1),
-    "rem_online_atari": ("rem_online_atari", f"{ATARI} --env-id ALE/Pong-v5 --num-steps 90 --learning-starts 40", 1),
-}
-
-
-def test_every_script_is_here():
-    assert {script for script, _, _ in RUNS.values()} == {path.stem for path in harness.SCRIPTS}
+RUN = "--num-updates", 240, "--log-every", 40, "--eval-every", 120, "--eval-episodes", 0, "--num-seeds", 2
 
 
 class Graph:
@@ -70,53 +32,76 @@ class Graph:
 
     def __init__(self):
         self.operations = []
+        self.num_replays = 0
 
     @torch.no_grad()
     def replay(self):
+        self.num_replays += 1
         for function, args, kwargs, outputs in self.operations:
             for old, new in zip(tree_leaves(outputs), tree_leaves(function(*args, **kwargs))):
-                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():  # else a view, or written in place
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():  # else a view, or in place
                     old.copy_(new)
 
 
 class Recording(TorchDispatchMode):
-    """Stands in for torch.cuda.graph: writes down what runs in it. A real one runs nothing: state is put back after."""
+    """Stands in for torch.cuda.graph: writes down what runs in it. A real one runs nothing, so that what was
+    there before is put back at the end."""
 
     def __init__(self, graph):
         super().__init__()
         self.graph = graph
+        self.before = {}
+        self.rng_state = torch.get_rng_state()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        self.graph.operations.append((function, args, kwargs or {}, outputs))
+        kwargs = kwargs or {}
+        names = [argument.name for argument in function._schema.arguments]
+        given = dict(zip(names, args)) | kwargs
+        for argument in function._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.keep(given.get(argument.name))
+        outputs = function(*args, **kwargs)
+        self.graph.operations.append((function, args, kwargs, outputs))
         return outputs
+
+    def keep(self, value):
+        """Remembers the memory of tensors that are about to be written."""
+        for tensor in tree_leaves(value):
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for storage, before in self.before.values():
+            storage.copy_(before)
+        torch.set_rng_state(self.rng_state)
 
 
 class OnlyThere(TorchDispatchMode):
-    """Fails on an operation that mixes devices: a CUDA graph cannot copy from the host, and holds its numbers fixed."""
+    """Fails on an operation that mixes devices: a graph neither copies from the host nor reads it."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket == torch.ops.aten._fused_adam_:  # knows no meta; what its CUDA kernel insists on:
+        if function.overloadpacket == torch.ops.aten._fused_adam_:  # not on meta; what CUDA's insists on:
             outputs = None
             for like in zip(*args[:4]):  # parameter, gradient, two moments
                 strides = {tuple(n for n, size in zip(x.stride(), x.shape) if size > 1) for x in like}
-                assert len(strides) == 1 and like[0].is_contiguous() and {x.dtype for x in like} == {torch.float32}
+                assert len(strides) == 1 and like[0].is_contiguous()
+                assert {x.dtype for x in like} == {torch.float32}
         else:
             outputs = function(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, outputs)) if torch.is_tensor(x)]
         copies = function.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy)
-        devices = {x.device.type for x in tensors if copies or x.dim()}  # a number on the host may enter a kernel
+        devices = {x.device.type for x in tensors if copies or x.dim()}  # a number of the host may enter
         assert len(devices) < 2, f"{function} mixes {devices}"
         return outputs
 
 
 def on_no_device(function, *inputs):
-    """Calls function(*inputs) with copies on the device `meta` of every tensor that they hold or can reach."""
+    """Calls function(*inputs) with copies on the device `meta` of every tensor that they can reach."""
     memo = {}
 
     def moved(tensor, memo):
-        if tensor.dtype == torch.bool:  # td3_bc_red's turns of the actor, which the host knows
-            return tensor
         if id(tensor) not in memo:
             there = tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
             memo[id(tensor)] = torch.nn.Parameter(there) if isinstance(tensor, torch.nn.Parameter) else there
@@ -133,88 +118,130 @@ def on_no_device(function, *inputs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "__deepcopy__", moved)
         patch.setattr(torch.nn.Parameter, "__deepcopy__", moved)
+        adam = sys.modules["torch.optim.adam"]
+        patch.setattr(adam, "_device_dtype_check_for_fused", lambda *args: None)
         there = [copied(x) for x in (function, *inputs)]
-    with OnlyThere():
-        there[0](*there[1:])
-
-
-def captured_copy(script, folder):
-    """The script as a module whose main() captures CUDA graphs on whatever device it runs."""
-    lines = (harness.ROOT / "algorithms" / f"{script}.py").read_text().splitlines(keepends=True)
-    for i, line in enumerate(lines):
-        if "cuda_graph(" in line and "def " not in line:
-            j = next(j for j in range(i, 0, -1) if 'device.type == "cuda"' in lines[j])
-            assert i - j <= 3
-            lines[j] = lines[j].replace('device.type == "cuda"', "True")
-    path = folder / f"{script}.py"
-    path.write_text("".join(lines))
-    spec = harness.importlib.util.spec_from_file_location(f"{script}_captured", path)
-    module = sys.modules[spec.name] = harness.importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def weights(node, path=""):
-    """All leaves of a checkpoint, by their path of keys."""
-    if isinstance(node, dict):
-        return {k: v for key, value in node.items() for k, v in weights(value, f"{path}/{key}").items()}
-    if isinstance(node, (list, tuple)):
-        return {k: v for i, value in enumerate(node) for k, v in weights(value, f"{path}/{i}").items()}
-    return {path: node}
-
-
-def run_main(module, monkeypatch, *flags):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-    try:
-        module.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Small logs of Hopper and of Pong."""
-    hopper = harness.write_minari(tmp_path_factory.mktemp("data") / "hopper", harness.hopper_episodes())
-    pong = tmp_path_factory.mktemp("log") / "Pong" / "1" / "replay_logs"
-    CircularMemory(pong).log(make_episodes())
-    return {"hopper": hopper, "pong": pong}
+        with OnlyThere():
+            there[0](*there[1:])
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """torch.cuda's streams and graphs on the CPU."""
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    """emulated(script): its CudaGraph records on the CPU; returns the list of all that are made."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    def switch(script):
+        module = harness.load(script)
+        source = inspect.getsource(module.CudaGraph)
+        assert source.count(".is_cuda") == 1
+        namespace = dict(vars(module))
+        exec(source.replace(".is_cuda", ".is_cpu"), namespace)
+        made = []
+
+        class Watched(namespace["CudaGraph"]):
+            def __init__(self, step):
+                made.append(self)
+                super().__init__(step)
+
+            def __call__(self, *inputs):
+                if self.num_calls == 3:  # the next one is recorded
+                    on_no_device(self.step, *inputs)
+                return super().__call__(*inputs)
+
+        monkeypatch.setattr(module, "CudaGraph", Watched)
+        return made
+
+    return switch
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_in_graphs_ends_as_an_eager_one(name, data, emulated, monkeypatch, tmp_path):
-    script, flags, num_graphs = RUNS[name]
-    flags = flags.split()
-    if "--env-id" not in flags:
-        flags += ["--dataset", data["pong" if "atari" in script else "hopper"]]
-    run_main(harness.load(script), monkeypatch, *flags, "--run-dir", tmp_path / "eager")
-    captured, calls = captured_copy(script, tmp_path), []
-    capture = captured.cuda_graph
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return harness.write_minari(tmp_path_factory.mktemp("data") / "hopper", harness.hopper_episodes())
 
-    def inspected(step, agent, *inputs):
-        on_no_device(step, *inputs)
-        replay = capture(step, agent, *inputs)
-        calls.append([])
-        return lambda *inputs, call=calls[-1]: call.append(1) or replay(*inputs)
 
-    captured.cuda_graph = inspected
-    run_main(captured, monkeypatch, *flags, "--run-dir", tmp_path / "captured")
-    assert len(calls) == num_graphs and all(calls), calls
-    ours, theirs = (
-        weights(torch.load(tmp_path / where / "checkpoint.pt", weights_only=True)) for where in ("captured", "eager")
-    )
-    assert ours.keys() == theirs.keys()
-    for path, x in theirs.items():
-        assert torch.equal(ours[path], x) if torch.is_tensor(x) else ours[path] == x, path
+@pytest.mark.parametrize("script", harness.MOVED)
+def test_a_run_in_graphs_ends_as_an_eager_one(script, data, emulated, tmp_path):
+    """... one that is resumed, too. Every graph replays often enough to show what it froze."""
+    flags = "--dataset", data, *harness.small(script, dropout=0.2), *RUN
+    harness.run_main(script, *flags, "--run-dir", tmp_path / "eager")
+    made = emulated(script)
+    harness.run_main(script, *flags, "--run-dir", tmp_path / "graphs")
+    assert made and all(graph.graph.num_replays >= 3 for graph in made)
+    assert all(graph.num_calls == graph.graph.num_replays + 3 for graph in made)
+    assert harness.differing_leaves(tmp_path / "graphs", tmp_path / "eager") == []
+    harness.run_main(script, "--resume", tmp_path / "eager", "--num-updates", 400)
+    made.clear()
+    harness.run_main(script, "--resume", tmp_path / "graphs", "--num-updates", 400)
+    assert made and harness.differing_leaves(tmp_path / "graphs", tmp_path / "eager") == []
+
+
+# The emulation notices ----------------------------------------------------------------------------
+def eager_and_emulated(emulated, make_step):
+    """What eight calls return, without and with a graph."""
+    (script, *_) = harness.MOVED
+    emulated(script)
+    results = []
+    for wrap in (lambda step: step, harness.load(script).CudaGraph.__bases__[0]):
+        step = wrap(make_step())
+        results.append([float(step(torch.tensor([float(i)]))) for i in range(8)])
+    return results
+
+
+def test_the_emulation_computes(emulated):
+    def make_step():
+        total = torch.zeros(1)
+
+        def step(x):
+            total.add_(x * x)
+            return total.clone()
+
+        return step
+
+    eager, graph = eager_and_emulated(emulated, make_step)
+    assert eager == graph == [0, 1, 5, 14, 30, 55, 91, 140]
+
+
+def test_the_emulation_freezes_numbers_of_python(emulated):
+    def make_step():
+        count = 0
+
+        def step(x):
+            nonlocal count
+            count += 1
+            return x * count
+
+        return step
+
+    eager, graph = eager_and_emulated(emulated, make_step)
+    assert eager == [0, 2, 6, 12, 20, 30, 42, 56] and graph == [0, 2, 6, 12, 16, 20, 24, 28]
+
+
+def test_the_emulation_freezes_tensors_that_are_replaced(emulated):
+    def make_step():
+        state = {"x": torch.zeros(1)}
+
+        def step(x):
+            state["x"] = state["x"] + x
+            return state["x"]
+
+        return step
+
+    eager, graph = eager_and_emulated(emulated, make_step)
+    assert eager == [0, 1, 3, 6, 10, 15, 21, 28] and graph != eager
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x * x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x + torch.ones(1),
+        lambda x: x.copy_(torch.ones(1)),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_found(step):
+    with pytest.raises((AssertionError, RuntimeError)):
+        on_no_device(step, torch.ones(1))
+    on_no_device(lambda x: x + 1, torch.ones(1))

@@ -7,7 +7,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from test_dqn_atari import BLIND, CPU, SMALL, A, checkpoint_of, differences, make_batch, play_main
+from old_atari_helpers import BLIND, CPU, SMALL, A, checkpoint_of, differences, make_batch, play_main
 
 rem = harness.load("rem_online_atari")
 dqn = harness.load("dqn_atari")
@@ -24,13 +24,6 @@ def run_main(monkeypatch):
     return lambda *flags: play_main(monkeypatch, rem, *flags)
 
 
-def test_defaults():
-    """13.3: those of DQN, but for Adam with an epsilon of its own; four networks."""
-    ours, theirs = vars(rem.Args()), vars(dqn.Args())
-    assert (ours["learning_rate"], ours["optimizer_eps"], ours["num_networks"]) == (5e-5, 3.125e-5, 4)
-    assert ours["agent"] == "rem" and ours["optimizer_style"] == "tensorflow"
-    own = {"learning_rate", "optimizer_eps", "num_networks", "agent", "optimizer"}
-    assert {k: x for k, x in ours.items() if k not in own} == {k: x for k, x in theirs.items() if k not in own}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,18 +108,6 @@ def test_update_against_numpy(agent):
     assert all(map(torch.equal, agents.target_network.parameters(), targets))
 
 
-@both_agents
-def test_one_network_is_dqn(agent):
-    """With K = 1 every mixture is the network itself: the same first weights, the same updates as DQN with Adam."""
-    flags = {"learning_rate": 1e-3, "optimizer_eps": 1e-4, "num_seeds": 2}
-    args, dqn_args = make_args(agent=agent, num_networks=1, **flags), make_args(dqn, optimizer="adam", **flags)
-    ours, theirs = rem.MultiNetworkAgent(A, args, CPU), dqn.DQNAgent(A, dqn_args, CPU)
-    for n in range(4):
-        batch = make_batch(S=2, seed=n)
-        loss = rem.update(ours, batch, rem.mixtures_to_learn(torch.rand(2, 1), args), args)["loss/td"]
-        torch.testing.assert_close(loss, dqn.update(theirs, batch, dqn_args)["loss/td"], rtol=1e-4, atol=1e-6)
-    frames = make_batch(S=2, seed=9)[0]
-    torch.testing.assert_close(ours.network(frames), theirs.network(frames), rtol=1e-4, atol=1e-5)
 
 
 def test_networks_are_separate():
