@@ -41,7 +41,7 @@ sys.path.append(str(ROOT / "algorithms"))  # where evaluation workers find the m
 # The offline scripts for continuous actions that the shared tests are run for, and what makes their runs
 # small beside COMMON: a script with a second stage needs the flags of its length here.
 MOVED = ["iql_red", "cql_red", "td3_bc_red", "crr_red"]
-MOVED_TOO = ["dered_iql", "asac", "iql_scaled", "td3_bc_scaled", "dqn_atari", "rem_atari"]  # scripts of other kinds in their new form; test_copies.py compares all
+MOVED_TOO = ["dered_iql", "asac", "iql_scaled", "td3_bc_scaled", "sac", "dqn_atari", "rem_atari"]  # scripts of other kinds in their new form; test_copies.py compares all
 COMMON = "--hidden-sizes", 8, 8, "--batch-size", 8, "--device", "cpu"
 SMALL = {
     "iql_red": (),
