@@ -489,7 +489,7 @@ def read_d4rl(path):
             start = end
     obs_space = gym.spaces.Box(-np.inf, np.inf, obs.shape[1:])
     action_space = gym.spaces.Box(-1, 1, action.shape[1:])
-    return episodes, obs_space, action_space, {"env_id": f"{task}-v5" for task in tasks}
+    return episodes, obs_space, action_space, {None: f"{task}-v5" for task in tasks}  # no JSON has this key
 
 
 def sizes(space):
@@ -508,7 +508,7 @@ def bounds(space):
 def evaluation_spec(path, obs_space, action_space, metadata, env_id):
     """Spec of the environment that evaluations run in, flattened in the order of the data, and the
     returns that score 0 and 100."""
-    env_id = env_id or metadata.get("env_id")
+    env_id = env_id or metadata.get(None)
     named = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "null")
     if env_id:
         env = gym.make(env_id)
