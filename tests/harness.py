@@ -41,7 +41,8 @@ sys.path.append(str(ROOT / "algorithms"))  # where evaluation workers find the m
 # The offline scripts for continuous actions that the shared tests are run for, and what makes their runs
 # small beside COMMON: a script with a second stage needs the flags of its length here.
 MOVED = ["iql_red", "cql_red", "td3_bc_red", "crr_red"]
-MOVED_TOO = ["dered_iql", "asac", "iql_scaled", "td3_bc_scaled", "sac", "dqn_atari", "rem_atari"]  # scripts of other kinds in their new form; test_copies.py compares all
+# scripts of other kinds that have their new form; test_copies.py compares all
+MOVED_TOO = ["dered_iql", "asac", "iql_scaled", "td3_bc_scaled", "sac", "dqn_atari", "rem_atari"]
 COMMON = "--hidden-sizes", 8, 8, "--batch-size", 8, "--device", "cpu"
 SMALL = {
     "iql_red": (),
@@ -80,7 +81,7 @@ def run(script, *flags, timeout=300, cwd=None, **env):
 
 @cache
 def server():
-    """Starts a process that has imported what a run imports; runs and their workers are forked from it."""
+    """Starts a process that has imported what a run imports, and from which runs are forked."""
     context = multiprocessing.get_context("forkserver")
     late = ["pytest", "torch._dynamo", "gymnasium.envs.mujoco.hopper_v5", "PIL.Image"]
     context.set_forkserver_preload(late + MOVED)
@@ -96,7 +97,8 @@ def forked_main(script, flags, cwd, output, before):
         os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     if cwd:
         os.chdir(cwd)
-    context = multiprocessing.get_context("forkserver")
+    os.setsid()  # so that `members` finds its workers
+    context = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method: context  # workers are forked too, not spawned
     module = load(script)
     sys.argv = [module.__file__, *map(str, flags)]
@@ -110,9 +112,9 @@ def forked_main(script, flags, cwd, output, before):
 
 def fork(script, *flags, cwd=None, before=None):
     """Starts a script in a forked process, after a call of before(); see `finish`."""
-    output = tempfile.mkdtemp(prefix="forked-")
-    process = server().Process(target=forked_main, args=(script, flags, cwd, output, before))
-    process.output = Path(output)
+    output = tempfile.TemporaryDirectory()
+    process = server().Process(target=forked_main, args=(script, flags, cwd, output.name, before))
+    process.output = output  # goes when the process is forgotten
     process.start()
     return process
 
@@ -123,7 +125,7 @@ def finish(process, timeout=120):
     if process.is_alive():
         process.kill()
         raise TimeoutError(f"still running after {timeout} s")
-    texts = [(process.output / name).read_text() for name in ("stdout", "stderr")]
+    texts = [Path(process.output.name, name).read_text() for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess(process.name, process.exitcode, *texts)
 
 
@@ -205,19 +207,19 @@ def record_updates(script, *flags):
 
 # Processes ----------------------------------------------------------------------------------------
 def members(session):
-    """Processes of this session, and those forked by the harness, which are not over."""
+    """Processes of this session, that of a forked process for instance, which are not over."""
     alive = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, parent, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
+            state, _, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
         except OSError:  # it ended while we looked
             continue
-        if state != "Z" and (int(sid) == session or int(parent) == forkserver._forkserver._forkserver_pid):
+        if state != "Z" and int(sid) == session:
             alive.append(int(stat.parent.name))
     return alive
 
 
-def assert_no_orphans(session=None, seconds=30):
+def assert_no_orphans(session, seconds=30):
     deadline = time.time() + seconds
     while members(session) and time.time() < deadline:
         time.sleep(0.02)

@@ -237,7 +237,7 @@ def test_a_killed_and_resumed_run_ends_like_one_never_stopped(script, data, tmp_
         time.sleep(random.uniform(0, 1 if kill % 2 else 0.2))
         process.kill()
         process.join()
-        harness.assert_no_orphans()
+        harness.assert_no_orphans(process.pid)
         process = harness.fork(script, "--resume", victim, cwd=tmp_path)
     done = harness.finish(process)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -247,21 +247,23 @@ def test_a_killed_and_resumed_run_ends_like_one_never_stopped(script, data, tmp_
 @first_script
 def test_ctrl_c_as_a_user(script, data, tmp_path):
     """A run as it is typed, its dataset named relative to here; Ctrl-C, which reaches all processes, while
-    many evaluations wait. It ends soon, leaves no process, and goes on from another folder."""
+    5,000 evaluations wait. It ends soon, leaves no process, and goes on from another folder."""
     shutil.copytree(data, tmp_path / "log")
     flags = "--dataset", "log", *harness.small(script, dropout=0.2), "--num-updates", 200, "--eval-every", 40
-    flags += "--eval-episodes", 15, "--log-every", 40, "--run-dir"
+    stopped = harness.command(script, *flags, "--eval-episodes", 5000, "--run-dir", "stopped")
     options = dict(cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)
     silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(harness.command(script, *flags, "stopped"), **options, **silent)
-    harness.wait_for(tmp_path / "stopped" / "evaluations.csv", lambda: process.poll() is None)
+    process = subprocess.Popen(stopped, **options, **silent)
+    harness.wait_for(tmp_path / "stopped" / "checkpoint.pt", lambda: process.poll() is None)
+    time.sleep(5)  # until a worker is at it
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) != 0
-    harness.assert_no_orphans(process.pid)
-    assert 0 < harness.leaves(tmp_path / "stopped")["/num_updates"] < 200
+    try:
+        assert process.wait(60) != 0
+    finally:
+        harness.assert_no_orphans(process.pid)
     (tmp_path / "elsewhere").mkdir()
-    succeed(script, "--resume", tmp_path / "stopped", cwd=tmp_path / "elsewhere")
-    succeed(script, *flags, "unbroken", cwd=tmp_path)
+    succeed(script, "--resume", tmp_path / "stopped", "--eval-episodes", 1, cwd=tmp_path / "elsewhere")
+    succeed(script, *flags, "--eval-episodes", 1, "--run-dir", "unbroken", cwd=tmp_path)
     harness.assert_same_end(tmp_path / "stopped", tmp_path / "unbroken")
 
 
@@ -315,8 +317,8 @@ def test_a_run_without_environment_can_be_evaluated_in_one(script, tmp_path):
 # Seeds side by side -------------------------------------------------------------------------------
 @scripts
 def test_a_seed_alone_is_the_same_seed_among_others(script, data, tmp_path):
-    """Seed 3 of 0 to 4: equal first weights, equal draws; after 60 updates equal weights, and moments of Adam,
-    which show a gradient's scale, up to float32."""
+    """Seed 3 of 0 to 4: equal first weights, equal draws; after 60 updates equal weights up to float32, and
+    moments of Adam, which show a gradient's scale."""
     flags = "--dataset", data, *harness.small(script), "--num-updates", 60, "--eval-episodes", 0
     among = "--num-seeds", 5, "--run-dir", tmp_path / "among"
     alone = "--seed", 3, "--run-dir", tmp_path / "alone"
@@ -333,7 +335,9 @@ def test_a_seed_alone_is_the_same_seed_among_others(script, data, tmp_path):
     for name, x in first_alone.items():
         assert torch.equal(of_seed_3(first[name], x), x), name
     last = harness.leaves(tmp_path / "among")
-    last_alone = {k: x for k, x in harness.leaves(tmp_path / "alone").items() if re.match("/(agent|optim)", k)}
+    last_alone = harness.leaves(tmp_path / "alone")
     for name, x in last_alone.items():
+        if not re.match("/(agent|optimizers)/", name):
+            continue
         assert (of_seed_3(last[name], x) - x).abs().max() <= 1e-3 * x.abs().max(), name
     assert any(not torch.equal(x, last_alone[f"/agent/{name}"]) for name, x in first_alone.items())
