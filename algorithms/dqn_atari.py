@@ -45,14 +45,14 @@ import math
 import multiprocessing
 import os
 import pickle
-import signal
+import re
 import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +61,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -72,6 +73,7 @@ torch.backends.cudnn.benchmark = True  # the fastest convolutions for these shap
 # Purposes are never 0, because numpy ignores zeros at the end
 DRAWS = 1
 EVALUATION = 2
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
 EXPLORATION = 3
 BLACK_ROW = np.zeros((84, 84), np.uint8), 0, 0.0, False
 
@@ -424,9 +426,8 @@ def make_games(env_id, num_envs):
 
 
 def start_worker():
-    """An evaluation worker has one thread, ends at once by Ctrl-C, and never outlives its parent."""
+    """An evaluation worker has one thread, and never outlives its parent."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def follow_parent():
         multiprocessing.parent_process().join()
@@ -514,10 +515,12 @@ def online_run_folder(args):
 def open_run_dir(run_dir, args):
     """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    versions = {x: version(x) for x in ("torch", "numpy", "gymnasium", "mujoco", "minari")}  # of what you have
+    versions = {package.name: package.version for package in distributions()}
     config = {"command": sys.argv, "args": asdict(args), "versions": versions}
     del config["args"]["device"]  # a run may go on elsewhere
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+    path = run_dir / "config.tmp"
+    path.write_text(json.dumps(config, indent=2))
+    os.replace(path, run_dir / "config.json")
 
 
 def save(path, agent, rows, num_updates):
@@ -664,4 +667,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:  # also Ctrl-C; without this, it would wait for the evaluations that are queued
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise

@@ -51,14 +51,14 @@ import math
 import multiprocessing
 import os
 import pickle
-import signal
+import re
 import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -68,6 +68,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -80,6 +81,7 @@ CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays 
 # Purposes are never 0, because numpy ignores zeros at the end
 DRAWS = 1
 EVALUATION = 2
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
 FILES = 4
 MIXTURES = 5
 
@@ -363,7 +365,7 @@ def load_replay(args):
     files = []
     returns = []
     for name in args.dataset:
-        name, _, fraction = name.partition(":")
+        name, share = NAME.fullmatch(name).groups()
         folder = find_replay(name)
         paths = folder.glob("$store$_observation_ckpt.*.gz")
         numbers = sorted(int(path.name.split(".")[-2]) for path in paths)
@@ -498,9 +500,8 @@ def make_games(env_id, num_envs):
 
 
 def start_worker():
-    """An evaluation worker has one thread, ends at once by Ctrl-C, and never outlives its parent."""
+    """An evaluation worker has one thread, and never outlives its parent."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def follow_parent():
         multiprocessing.parent_process().join()
@@ -580,7 +581,7 @@ def log(metrics, num_updates, writer):
 
 def run_folder(args):
     """Where the run is, or will be."""
-    dataset = Path(args.dataset[0]).parts[-2:]
+    dataset = args.dataset[0].split("/")[-2:]
     name = f"{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     new = Path("runs", Path(__file__).stem, *dataset, name)
     return Path(args.evaluate or args.resume or args.run_dir or new)
@@ -589,10 +590,12 @@ def run_folder(args):
 def open_run_dir(run_dir, args):
     """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    versions = {x: version(x) for x in ("torch", "numpy", "gymnasium", "mujoco", "minari")}  # of what you have
+    versions = {package.name: package.version for package in distributions()}
     config = {"command": sys.argv, "args": asdict(args), "versions": versions}
     del config["args"]["device"]  # a run may go on elsewhere
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+    path = run_dir / "config.tmp"
+    path.write_text(json.dumps(config, indent=2))
+    os.replace(path, run_dir / "config.json")
 
 
 def save(path, agent, rows, num_updates):
@@ -667,8 +670,6 @@ def main():
     first = 0
     if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
         rows, first = load(run_dir / "checkpoint.pt", agent)
-    if first > args.num_updates:
-        sys.exit(f"error: {run_dir} has {first} updates already; give a larger --num-updates")
     num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
 
@@ -734,4 +735,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:  # also Ctrl-C; without this, it would wait for the evaluations that are queued
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise

@@ -40,8 +40,8 @@ import multiprocessing
 import os
 import pickle
 import re
+import re
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -49,7 +49,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import gymnasium as gym
@@ -57,6 +57,7 @@ import minari
 import numpy as np
 import torch
 import tyro
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -66,6 +67,7 @@ CHUNK_STEPS = 20  # steps whose random numbers are drawn together
 # Purposes are never 0, because numpy ignores zeros at the end
 DRAWS = 1
 EVALUATION = 2
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
 EXPLORATION = 3
 
 
@@ -307,7 +309,6 @@ def find_environment(env_id):
     env = gym.wrappers.FlattenObservation(gym.make(env_id))
     spec = env.spec  # a copy
     spec.max_episode_steps = spec.max_episode_steps or 10_000  # or an episode may never end
-    env.close()
     return spec, REFERENCES.get(spec.id.split("-")[0], (np.nan, np.nan))
 
 
@@ -411,9 +412,8 @@ ROW = "update", "seed", "episode", "return", "length", "normalized_score"  # of 
 
 
 def start_worker():
-    """An evaluation worker has one thread, ends at once by Ctrl-C, and never outlives its parent."""
+    """An evaluation worker has one thread, and never outlives its parent."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def follow_parent():
         multiprocessing.parent_process().join()
@@ -426,14 +426,13 @@ def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode)
     """One episode of every seed, rows (S, 6). The policy is any module (S, 1, O) -> (S, 1, A)."""
     policy = pickle.loads(pickled)
     wrappers = [
-        gym.wrappers.FlattenObservation,
         lambda env: gym.wrappers.RescaleAction(env, -1, 1),
         lambda env: gym.wrappers.TransformReward(env, np.sum),  # some give an array of one number
     ]
     envs = gym.make_vec(spec, len(seeds), "sync", wrappers=wrappers)
     if envs.render_mode:
-        name = f"{num_updates}-{episode}"
-        envs = gym.wrappers.vector.RecordVideo(envs, run_dir / "videos", name_prefix=name)
+        folder = run_dir / "videos"
+        envs = gym.wrappers.vector.RecordVideo(envs, folder, name_prefix=f"{num_updates}-{episode}")
     entropy = [(seed, EVALUATION, num_updates, episode + 1) for seed in seeds]
     env_seeds = [np.random.SeedSequence(x).generate_state(1).item() for x in entropy]
     obs, _ = envs.reset(seed=env_seeds)
@@ -500,10 +499,12 @@ def online_run_folder(args):
 def open_run_dir(run_dir, args):
     """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    versions = {x: version(x) for x in ("torch", "numpy", "gymnasium", "mujoco", "minari")}  # of what you have
+    versions = {package.name: package.version for package in distributions()}
     config = {"command": sys.argv, "args": asdict(args), "versions": versions}
     del config["args"]["device"]  # a run may go on elsewhere
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+    path = run_dir / "config.tmp"
+    path.write_text(json.dumps(config, indent=2))
+    os.replace(path, run_dir / "config.json")
 
 
 def save(path, agent, rows, num_updates):
@@ -665,4 +666,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:  # also Ctrl-C; without this, it would wait for the evaluations that are queued
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise

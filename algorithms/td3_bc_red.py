@@ -45,14 +45,14 @@ import math
 import multiprocessing
 import os
 import pickle
-import signal
+import re
 import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -62,6 +62,7 @@ import minari
 import numpy as np
 import torch
 import tyro
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -71,13 +72,14 @@ CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays 
 # Purposes are never 0, because numpy ignores zeros at the end
 DRAWS = 1
 EVALUATION = 2
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
 POLICY_DELAY = 2  # updates of the critics for each one of actor and targets; divides CHUNK
 
 
 @dataclass
 class Args:
     dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids or folders, D4RL files; `ID:0.1`: a tenth of them
-    env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: of the first dataset
+    env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: the data's
     seed: int = 0  # first seed; agent s uses seed + s
     num_seeds: int = 1  # agents trained side by side in one batched computation
     sampler: Literal["uniform", "red"] = "red"  # uniform: plain TD3+BC
@@ -104,8 +106,10 @@ class Args:
 
     def __post_init__(self):
         self.hidden_sizes = tuple(self.hidden_sizes)  # JSON makes a list of it
-        exists = lambda name: os.path.exists(name.partition(":")[0])  # files by full path, to go on from anywhere
-        self.dataset = tuple(os.path.abspath(name) if exists(name) else name for name in self.dataset)
+        self.dataset = tuple(  # files by their full path, so that a run goes on from anywhere
+            os.path.abspath(name) if os.path.exists(NAME.fullmatch(name)[1]) else name
+            for name in self.dataset
+        )
         if not all(0 <= rate <= 1 for rate in (self.gamma, self.target_update_rate)):
             sys.exit("error: gamma and target_update_rate are rates; give numbers in [0, 1]")
         periods = self.num_updates, self.eval_every, self.log_every
@@ -117,7 +121,7 @@ class Args:
 def red_probabilities(x, alpha=1.0, p_base=0.0):
     """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode."""
     if spread(x) == 0:
-        return np.full(len(x), 1 / len(x))
+        return np.ones(len(x)) / len(x)
     p = (x - x.min()) / spread(x) + p_base  # ReD (2)
     p = (p / p.max()) ** alpha  # at most 1, so that no exponent overflows
     return p / p.sum()  # ReD (1)
@@ -134,7 +138,7 @@ def sampling_probabilities(data, args):
     returns = np.repeat(data.returns, data.lengths)
     if args.sampler == "red":
         return red_probabilities(returns, args.red_alpha, args.p_base)
-    return np.full(len(returns), 1 / len(returns))
+    return np.ones(len(returns)) / len(returns)
 
 
 class Sampler:
@@ -310,7 +314,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: gym.envs.registration.EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
+    spec: EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -400,9 +404,11 @@ def read_d4rl(path):
 
 
 def sizes(space):
-    """How many numbers a space flattens to, by key where it is a Dict."""
+    """How many numbers a space flattens to, part by part where it has parts."""
     if isinstance(space, gym.spaces.Dict):
         return {key: sizes(part) for key, part in space.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return [sizes(part) for part in space]
     return gym.spaces.flatdim(space)
 
 
@@ -412,23 +418,26 @@ def bounds(space):
         return np.float32([space.low, space.high])
 
 
-def evaluation_spec(path, obs_space, action_space, metadata, env_id):
+def evaluation_spec(path, obs_space, action_space, metadata, args):
     """Spec of the environment that evaluations run in, flattened in the order of the data, and the
     returns that score 0 and 100."""
-    env_id = env_id or metadata.get(None)
+    if args.eval_episodes == 0:
+        return None, None
+    env_id = args.env_id or metadata.get(None)
     named = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "null")
     if env_id:
         env = gym.make(env_id)
     elif named:
         for part in [named, *named["additional_wrappers"]]:
-            if part["entry_point"].partition(".")[0] not in TRUSTED:
-                sys.exit(f"error: {path} would run {part['entry_point']}; give --env-id")
+            name = part["entry_point"]
+            if name.partition(".")[0] not in TRUSTED or not issubclass(load_env_creator(name), gym.Env):
+                sys.exit(f"error: {path} would run {name}; give --env-id")
         env = minari.MinariDataset(path).recover_environment(eval_env=True)
     else:
         return None, None
 
-    same_sizes = sizes(env.observation_space) == sizes(obs_space)
-    if not same_sizes or not np.array_equal(bounds(env.action_space), bounds(action_space)):
+    same_bounds = np.array_equal(bounds(env.action_space), bounds(action_space))
+    if sizes(env.observation_space) != sizes(obs_space) or not same_bounds:
         sys.exit(
             f"error: {env.spec.id} has {env.observation_space} and {env.action_space}, "
             f"the data {obs_space} and {action_space}; give another --env-id"
@@ -441,31 +450,27 @@ def evaluation_spec(path, obs_space, action_space, metadata, env_id):
     spec = gym.wrappers.TransformObservation(env, as_data, flat_space).spec  # a copy that lists all wrappers
     spec.kwargs.pop("render_mode", None)  # no window
     spec.max_episode_steps = spec.max_episode_steps or 10_000  # or an episode may never end
-    env.close()
     return spec, references
 
 
 def load_data(args):
-    """All of --dataset; the environment is that of the first. A last transition whose s' nobody
+    """All of --dataset, which must be of one environment. A last transition whose s' nobody
     knows is left out, but its reward is part of the return."""
     transitions = []
     returns = []
-    spec = references = None
+    kinds = set()
     for name in args.dataset:
-        name, _, fraction = name.partition(":")
+        name, share = NAME.fullmatch(name).groups()
         path = find_dataset(name)
         read = read_d4rl if path.suffix == ".hdf5" else read_minari
         episodes, obs_space, action_space, metadata = read(path)
         limits = bounds(action_space)
         if limits is None or not np.isfinite(limits).all():
             sys.exit(f"error: {name} has actions {action_space}; they must be a Box with bounds")
-        if args.eval_episodes and not transitions:
-            spec, references = evaluation_spec(path, obs_space, action_space, metadata, args.env_id)
+        spec, references = evaluation_spec(path, obs_space, action_space, metadata, args)
+        kinds.add(f"{sizes(obs_space)} {limits.tolist()} {spec and spec.id}")
         low, high = limits.reshape(2, -1)  # (A,) each
-        fraction = float(fraction or 1)
-        if not 0 < fraction <= 1:
-            sys.exit(f"error: {name}:{fraction} is no share of the episodes; give a number in (0, 1]")
-        num_kept = max(1, round(fraction * len(episodes)))
+        num_kept = max(1, round(float(share or 1) * len(episodes)))
         kept = np.random.default_rng(0).permutation(len(episodes))[:num_kept]
         for i in sorted(kept):
             obs, action, reward, next_obs, terminated = episodes[i]
@@ -475,9 +480,8 @@ def load_data(args):
             columns = obs, action, np.ravel(reward), next_obs, np.ravel(terminated)
             transitions.append([column[: len(next_obs)] for column in columns])
             returns.append(np.sum(reward, dtype=np.float64))
-    dims = {(obs.shape[1], action.shape[1]) for obs, action, *_ in transitions}
-    if len(dims) > 1:
-        sys.exit(f"error: the datasets differ in their dimensions (O, A): {sorted(dims)}")
+    if len(kinds) > 1:
+        sys.exit(f"error: the datasets differ in observations, actions or environment: {kinds}")
     lengths = [len(obs) for obs, *_ in transitions]
     columns = [np.concatenate(column) for column in zip(*transitions)]
     return Data(*columns, np.array(returns), np.array(lengths), spec, references)
@@ -488,9 +492,8 @@ ROW = "update", "seed", "episode", "return", "length", "normalized_score"  # of 
 
 
 def start_worker():
-    """An evaluation worker has one thread, ends at once by Ctrl-C, and never outlives its parent."""
+    """An evaluation worker has one thread, and never outlives its parent."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def follow_parent():
         multiprocessing.parent_process().join()
@@ -503,14 +506,13 @@ def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode)
     """One episode of every seed, rows (S, 6). The policy is any module (S, 1, O) -> (S, 1, A)."""
     policy = pickle.loads(pickled)
     wrappers = [
-        gym.wrappers.FlattenObservation,
         lambda env: gym.wrappers.RescaleAction(env, -1, 1),
         lambda env: gym.wrappers.TransformReward(env, np.sum),  # some give an array of one number
     ]
     envs = gym.make_vec(spec, len(seeds), "sync", wrappers=wrappers)
     if envs.render_mode:
-        name = f"{num_updates}-{episode}"
-        envs = gym.wrappers.vector.RecordVideo(envs, run_dir / "videos", name_prefix=name)
+        folder = run_dir / "videos"
+        envs = gym.wrappers.vector.RecordVideo(envs, folder, name_prefix=f"{num_updates}-{episode}")
     entropy = [(seed, EVALUATION, num_updates, episode + 1) for seed in seeds]
     env_seeds = [np.random.SeedSequence(x).generate_state(1).item() for x in entropy]
     obs, _ = envs.reset(seed=env_seeds)
@@ -569,7 +571,7 @@ def log(metrics, num_updates, writer):
 
 def run_folder(args):
     """Where the run is, or will be."""
-    dataset = Path(args.dataset[0]).parts[-2:]
+    dataset = args.dataset[0].split("/")[-2:]
     name = f"{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     new = Path("runs", Path(__file__).stem, *dataset, name)
     return Path(args.evaluate or args.resume or args.run_dir or new)
@@ -578,10 +580,12 @@ def run_folder(args):
 def open_run_dir(run_dir, args):
     """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    versions = {x: version(x) for x in ("torch", "numpy", "gymnasium", "mujoco", "minari")}  # of what you have
+    versions = {package.name: package.version for package in distributions()}
     config = {"command": sys.argv, "args": asdict(args), "versions": versions}
     del config["args"]["device"]  # a run may go on elsewhere
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+    path = run_dir / "config.tmp"
+    path.write_text(json.dumps(config, indent=2))
+    os.replace(path, run_dir / "config.json")
 
 
 def save(path, agent, rows, num_updates):
@@ -668,8 +672,7 @@ def main():
     first = 0
     if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
         rows, first = load(run_dir / "checkpoint.pt", agent)
-    if first > args.num_updates:
-        sys.exit(f"error: {run_dir} has {first} updates already; give a larger --num-updates")
+        args.num_updates = max(args.num_updates, first)
     num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
     if args.capture_video:
@@ -733,4 +736,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:  # also Ctrl-C; without this, it would wait for the evaluations that are queued
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise

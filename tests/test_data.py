@@ -183,16 +183,26 @@ def test_a_share_takes_whole_episodes_and_the_same_for_every_seed(script, tmp_pa
 
 @scripts
 def test_several_datasets_follow_each_other(script, tmp_path):
-    """The environment and the reference returns are those of the first; dimensions must agree."""
+    """They must agree in the parts of observations, in the bounds of actions, and in their environment; the
+    reference returns are those of the last."""
     first, second = harness.hopper_episodes(3, 5, seed=1), harness.hopper_episodes(4, 6, seed=2)
     d4rl = write_d4rl(tmp_path / "hopper.hdf5", first)
     other = write_minari(tmp_path / "m", second, references=(5.0, 105.0))
     data = load_data(script, d4rl, other, eval_episodes=1)
     check(data, first + second)
-    assert tuple(data.references) == D4RL_HOPPER
-    assert tuple(load_data(script, other, d4rl, eval_episodes=1).references) == (5, 105)
+    assert tuple(data.references) == (5, 105)
+    assert tuple(load_data(script, other, d4rl, eval_episodes=1).references) == D4RL_HOPPER
     assert len(load_data(script, f"{other}:0.5", f"{d4rl}:0.34").returns) == 2 + 1
     refuses(script, other, write_minari(tmp_path / "wide", harness.hopper_episodes(2, 5, obs_dim=12)))
+    refuses(script, other, write_minari(tmp_path / "bounds", second, action_space=Box(-2, 2, (3,))))
+    cheetah = write_d4rl(tmp_path / "halfcheetah.hdf5", harness.hopper_episodes(2, 5, 17, 6))
+    walker = write_d4rl(tmp_path / "walker2d.hdf5", harness.hopper_episodes(2, 5, 17, 6))
+    harness.refused(script, "--dataset", cheetah, walker, "--eval-episodes", 1)
+    folders = []
+    for sizes in (1, 2), (2, 1):  # three numbers each
+        parts = {key: np.zeros((2, size)) for key, size in zip("ab", sizes)}
+        folders.append(write_minari(tmp_path / f"{sizes}", [(parts, *steps([1])[1:])]))
+    refuses(script, *folders)
 
 
 @scripts
@@ -201,12 +211,15 @@ def test_a_minari_dataset_is_found_by_folder_or_id(script, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "root"))
     write_minari(tmp_path / "ä folder", [steps([1, 2])])
+    write_minari(tmp_path / "12:30" / "log", [steps([1, 2]), steps([9])])
     write_minari(tmp_path / "root" / "mujoco" / "tiny-v0", [steps([3, 4]), steps([5])])
     download = lambda name: write_minari("root/far-v0", [steps([6])])
     monkeypatch.setattr(minari, "download_dataset", download)
     for name, returns in (
         ("ä folder", [3]),
         ("./ä folder/", [3]),
+        ("12:30/log", [3, 9]),
+        (f"{tmp_path}/12:30/log:0.5", [3]),
         ("mujoco/tiny-v0", [7, 5]),
         ("mujoco/tiny-v0:0.5", [7]),
         ("far-v0", [6]),

@@ -187,4 +187,15 @@ def test_nothing_that_a_dataset_names_is_run(script, tmp_path, monkeypatch):
     spec = json.dumps(good | {"vector_entry_point": "trap_for_data:Env"})
     vector = load_data(script, hopper(tmp_path / "vector", env_spec=spec), eval_episodes=1)
     evaluate(script, vector, Still())
+
+    # trusted packages have functions, too, that make what their arguments name
+    maker = {"entry_point": "gymnasium.envs.registration:make", "kwargs": {"id": "trap_for_data:Env-v0"}}
+    importer = {"entry_point": "gymnasium.envs.registration:load_env_creator", "kwargs": {"name": "trap_for_data:E"}}
+    for i, part in enumerate([maker, importer]):
+        for changes in part, {"additional_wrappers": [{"name": "W", **part}]}:
+            folder = hopper(tmp_path / f"function-{i}-{len(changes)}", env_spec=json.dumps(good | changes))
+            with pytest.raises((TypeError, SystemExit)):
+                load_data(script, folder, eval_episodes=1)
+    folder = hopper(tmp_path / "env_id", env_id="trap_for_data:Env-v0", **{"env_spec": json.dumps(good)})
+    assert load_data(script, folder, eval_episodes=1).spec.id == "Hopper-v5"
     assert not {"trap_for_data", "gymnasium_trap"} & sys.modules.keys() and not (tmp_path / "sprung").exists()
