@@ -5,7 +5,7 @@ pointmaze: a maze with one goal and the reward 1 for reaching it, else 0, logged
   another until the time is up. So the few successes cover the last corridor, where the way is to the right, and the
   many failures the whole maze: whoever throws the failures away (ReD with p_base = 0) never sees that the corridor
   before it must be walked to the left.
-combine: the episodes of several Minari folders in one, such as the medium-expert data of two policies.
+combine: the episodes of several Minari folders in one, such as the medium-expert data of two policies, or some of them.
 
 Run: python tests/data/make_datasets.py pointmaze tests/data/pointmaze/sparse-v0
      python tests/data/make_datasets.py combine tests/data/hopper/medium-expert-v0 my_data/medium my_data/expert
@@ -25,10 +25,6 @@ import gymnasium as gym
 import h5py
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import load  # noqa: E402
-
-compact_hdf5 = load("sac").compact_hdf5
 
 MAZE = [  # 1 wall, 0 free and a possible start, g the goal at the end of a winding corridor: right, left, right
     [1, 1, 1, 1, 1, 1, 1],
@@ -48,6 +44,20 @@ def fail(problem, remedy):
     """Ends the program with exit status 2 and one line: what is wrong; what to do."""
     print(f"error: {problem}; {remedy}".replace("\n", " "), file=sys.stderr)
     raise SystemExit(2)
+
+
+def compact_hdf5(path):
+    """Rewrites Minari's file in HDF5's newest layout and compressed: half the size where episodes are short."""
+    with h5py.File(path) as old, h5py.File(path.with_suffix(".tmp"), "w", libver="latest") as new:
+
+        def copy_item(name, item):
+            if isinstance(item, h5py.Dataset):
+                new.create_dataset(name, data=item[()], compression="gzip", compression_opts=9, shuffle=True)
+            else:
+                new.require_group(name).attrs.update(item.attrs)
+
+        old.visititems(copy_item)
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def shortest_ways(target):
@@ -160,7 +170,7 @@ def open_minari(folder):
         fail(f"{folder} is no readable Minari folder ({e})", "give a folder that sac.py or Minari wrote as HDF5")
 
 
-def combine(out, folders, num_transitions_each):
+def combine(out, folders, num_transitions_each, every):
     sources = [open_minari(folder) for folder in folders]
     combined, num_episodes, num_transitions = sources[0][0], 0, 0
     for folder, (metadata, _) in zip(folders, sources):
@@ -173,7 +183,7 @@ def combine(out, folders, num_transitions_each):
         with h5py.File(data / "main_data.hdf5", "w", track_order=True) as target:
             for folder, (metadata, episodes) in zip(folders, sources):
                 taken = 0
-                for i in range(metadata["total_episodes"]):
+                for i in range(0, metadata["total_episodes"], every):
                     length = len(episodes[f"episode_{i}/rewards"])
                     if num_transitions_each is not None and taken + length > num_transitions_each:
                         break
@@ -206,11 +216,12 @@ def main():
     union.add_argument("out", type=Path, help="folder to write the dataset to")
     union.add_argument("folders", type=Path, nargs="+", help="the first gives environment and reference scores")
     union.add_argument("--num-transitions-each", type=int, help="the first whole episodes up to this many transitions")
+    union.add_argument("--every", type=int, default=1, help="keep one episode in so many")
     args = parser.parse_args()
     if args.out.exists():
         fail(f"{args.out} is there already", "give another folder to write the dataset to")
     if args.command == "combine":
-        return combine(args.out, args.folders, args.num_transitions_each)
+        return combine(args.out, args.folders, args.num_transitions_each, args.every)
     if args.num_transitions < 1 or args.seed < 0:
         fail("--num-transitions is below 1 or --seed below 0", "give positive numbers")
     pointmaze(args.out, args.num_transitions, args.seed)
