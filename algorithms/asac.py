@@ -264,13 +264,13 @@ class ModernMLP(MLP):
 
     def inner_layer(self, i, x):
         """x times weight i over its largest singular value, plus bias i. Power iteration, which turns
-        `stretched` to what the weight stretches most, goes one step where gradients are taken."""
+        `stretched` to where the weight stretches most, goes one step where gradients are taken."""
         weight = self.weights[i]
-        u = self.stretched[:, i - 1]
+        v = self.stretched[:, i - 1]
         if torch.is_grad_enabled():
             constant = weight.detach()
-            u.copy_(nn.functional.normalize(u @ constant @ constant.mT, dim=-1))
-        sigma = (u.clone() @ weight).norm(dim=-1, keepdim=True)  # has a gradient too
+            v.copy_(nn.functional.normalize(v @ constant.mT @ constant, dim=-1))
+        sigma = (v.clone() @ weight.mT).norm(dim=-1, keepdim=True)  # has a gradient too
         return torch.baddbmm(self.biases[i], x / sigma, weight)
 
     def forward(self, x):

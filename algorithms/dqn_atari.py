@@ -45,7 +45,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import re
 import sys
 import threading
 import time
@@ -61,7 +60,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -73,7 +71,6 @@ torch.backends.cudnn.benchmark = True  # the fastest convolutions for these shap
 # Purposes are never 0, because numpy ignores zeros at the end
 DRAWS = 1
 EVALUATION = 2
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
 EXPLORATION = 3
 BLACK_ROW = np.zeros((84, 84), np.uint8), 0, 0.0, False
 
@@ -278,9 +275,10 @@ class TensorFlowRMSProp(torch.optim.Optimizer):
             gradient = parameter.grad
             mean, square = self.state[parameter].values()
             mean.lerp_(gradient, 0.05)
-            square.lerp_(gradient.square(), 0.05)
-            variance = (square - mean.square()).clamp(min=0)  # below 0 by rounding only
-            parameter.addcdiv_(gradient, (variance + group["eps"]).sqrt(), value=-group["lr"])
+            square.mul_(0.95).addcmul_(gradient, gradient, value=0.05)
+            variance = torch.addcmul(square, mean, mean, value=-1)
+            variance.clamp_(min=0).add_(group["eps"])  # below 0 by rounding only
+            parameter.addcdiv_(gradient, variance.sqrt_(), value=-group["lr"])
 
 
 class Agent(nn.Module):

@@ -1,50 +1,49 @@
 """Ensemble-DQN: many Q-functions on one network, on the logged frames of another agent.
 
-Papers: R. Agarwal, D. Schuurmans, M. Norouzi, "An Optimistic Perspective on Offline Reinforcement Learning", 2020,
-arXiv:1907.04543 (REM, this baseline, the DQN Replay Dataset); V. Mnih, K. Kavukcuoglu, D. Silver et al.,
-"Playing Atari with Deep Reinforcement Learning", 2013, arXiv:1312.5602, and its Nature article of 2015 (DQN; the
-equation numbers are those of 2013); O. Anschel, N. Baram, N. Shimkin, "Averaged-DQN", 2017, arXiv:1611.01929.
+Papers: R. Agarwal, D. Schuurmans, M. Norouzi, "An Optimistic Perspective on Offline Reinforcement
+Learning", 2020, arXiv:1907.04543 (this baseline, the DQN Replay Dataset); V. Mnih et al., "Playing Atari with
+Deep Reinforcement Learning", 2013, arXiv:1312.5602 (DQN; its numbers), and its Nature article of 2015;
+O. Anschel, N. Baram, N. Shimkin, "Averaged-DQN", 2017, arXiv:1611.01929.
 
-Idea. A network has 200 heads, each with a value for every action and first weights of its own. Every head is a DQN: it
-learns from the same minibatch, towards the target of the same head in the frozen network. The agent acts by the mean
-of the heads. This is what REM is measured against: an ensemble whose members do not mix. With `--averaged-target` all
-heads learn one target, from the mean of the frozen heads.
+Idea. A network has 200 heads, each with a value for every action and first weights of its own. Every head
+is a DQN: it learns from the same minibatch, towards the target of the same head in the frozen network. The
+agent acts by the mean of the heads. This is what REM is measured against: an ensemble whose members do not
+mix. With --averaged-target all heads learn one target, from the mean of the frozen heads.
 
-Objectives (S seeds, B batch, A actions, K heads, C channels):
-    Bellman       Q*(s, a) = E [r + gamma max over a' of Q*(s', a')]                                          DQN (1)
-    loss          mean over k of mean huber(Q_k(s, a) - y_k),                                                 DQN (2)
-                  y_k = r + gamma (1 - terminal) max over a' of Q_target,k(s', a'), or with --averaged-target
-                  y_k = r + gamma (1 - terminal) max over a' of mean over j of Q_target,j(s', a')
-    gradient      that of Q alone, y being a constant; huber(u) = u^2 / 2 if |u| <= 1, else |u| - 1/2         DQN (3)
-    targets       Q_target <- Q after every `target_every` updates
+Objectives. Shapes: S seeds, C networks per seed (one here), B batch, A actions, K values per action, the
+heads, R rows of a file of the log.
+    loss      mean over k of mean huber(Q_k(s, a) - y_k),                                      DQN (2)
+              y_k = r + gamma (1 - terminal) max over a' of Q_target,k(s', a'), or the same of
+              mean over j of Q_target,j(s', a') for all heads: Averaged Ensemble-DQN
+    gradient  that of Q alone, y being a constant;                                             DQN (3)
+              huber(u) = u^2 / 2 if |u| <= 1, else |u| - 1/2
+    targets   Q_target <- Q after every --target-every updates
 
 What differs from the papers and their code, and why.
-    - The averaged target is the maximum of the mean, as in Averaged-DQN; the paper's words allow the mean of the
-      maxima, and its code has neither.
-    - The targets are copied after updates 2,000, 4,000, ... The REM code, whose target network starts with weights of
-      its own, copies after updates 1, 2,001, ...; ours starts as a copy. Its "8,000" counts agent steps, 4 an update.
-    - Adam, padding and first weights are those of the code's TensorFlow; `--optimizer-style torch` and `--padding
-      valid` give torch's Adam and the Nature article's convolutions.
-    - The code loads 5 random files of a million frames per 62,500 updates. So do we where the data is larger than
-      `--memory-gb`, whole random episodes of 5 files that fill half of it, while the other half is being filled in the
-      background; with memory for all of it, all of it is drawn from.
-    - Batches are drawn on the CPU, from one random generator per seed: a seed draws the same batches on every device,
-      alone or among others.
-    - Evaluation counts whole episodes, `--eval-episodes` of them, where the paper counts 125,000 steps.
-    - A score of 0 is random play and one of 100 the best evaluation of the agent that logged the data, as in the paper,
-      where the log names both (replay.json, which dqn_atari.py writes); elsewhere 100 is a human tester.
-    - An episode that was cut after 27,000 steps is marked as terminal in the log, and cannot be told from a true end.
+    - The averaged target is the maximum of the mean, as in Averaged-DQN; the paper's words allow the mean
+      of the maxima too, and its code has neither.
+    - Targets are copied after updates 2,000, 4,000, ... The REM code, whose target network starts with
+      weights of its own, copies after 1, 2,001, ... Its "8,000" counts agent steps, 4 an update.
+    - Padding, first weights and the place of Adam's epsilon are those of the code's TensorFlow.
+    - As in the code, 5 random files of a million frames lie in memory for 62,500 updates at a time.
+      Ours are the same for all seeds, and a batch is drawn evenly from all their rows.
+    - An evaluation is --eval-episodes whole episodes (the paper: 125,000 steps). The paper's score is
+      that of the best evaluation, ours the mean of the last ten; the last line has both.
+    - Random play scores 0, the agent that logged scores 100 at its best, as in the paper. Both returns
+      stand in replay.json beside the log, {"env_id": , "random": , "dqn": }; without it: no scores.
+    - An episode that was cut after 27,000 steps is logged as terminal: nothing tells it from a true end.
+    - The public logs come from older ROMs than ale-py's, which for 29 of the 60 games are different ones:
+      returns in these games do not compare.
 
-Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
-Run:      python algorithms/ensemble_dqn_atari.py --dataset atari/mspacman
-Expected: -10 ± 9, below random play (0), on atari/mspacman by the flags of benchmarks.md's grid atari_small_eps, 6,000
-          updates of a small network. The paper's millions of updates: not run yet.
+Run:      python algorithms/ensemble_dqn_atari.py --dataset dqn/Pong/1 --env-id ALE/Pong-v5
+Catch:    PYTHONPATH=tests python algorithms/ensemble_dqn_atari.py --dataset atari/catch
+          --env-id catch:Catch-v0 --channels 8 16 16 --hidden-size 64 --padding valid --learning-rate 1e-3
+          --adam-eps 1e-6 --target-every 100 --num-updates 2000 --eval-every 100 --num-seeds 3
+Expected: by this command a return of 1.0, the best there is, from update 700 on; the log's is -0.3
 """
 
 import contextlib
 import copy
-import csv
-import ctypes
 import gzip
 import io
 import json
@@ -52,120 +51,94 @@ import math
 import multiprocessing
 import os
 import pickle
-import shlex
-import shutil
-import signal
-import subprocess
+import re
 import sys
-import tempfile
 import threading
 import time
-import urllib.request
-import zlib
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import distributions
-from itertools import pairwise, takewhile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import ale_py
 import gymnasium as gym
-import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+torch.backends.cudnn.benchmark = True  # the fastest convolutions for these shapes
+
+CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays as one CUDA graph
+# Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
+# Purposes are never 0, because numpy ignores zeros at the end
+DRAWS = 1
+EVALUATION = 2
+FILES = 4
+
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
 
 
 @dataclass
 class Args:
-    dataset: tuple[str, ...] = ("atari/mspacman",)
-    """folders with files of the DQN Replay Dataset ($store$_..._ckpt.N.gz), their parents, or Minari ids or folders of
-    Atari data; several are put together; `ID:0.1` takes a tenth of the episodes"""
-    env_id: str | None = None
-    """evaluation environment; default: the dataset's own (DQN Replay Dataset: the name of the game in its path)"""
-    files: tuple[int, ...] | None = None
-    """use only the files with these numbers N; the DQN Replay Dataset has 0 to 50, in the order of time"""
-    first_fraction: float = 1.0
-    """use only this first part of every log, its worst play: 0.1 is the paper's ablation of quality"""
-    subsample: float = 1.0
-    """use only this share of the episodes, drawn at random with --seed: the paper's ablation of size"""
-    memory_gb: float = 8.0
-    """memory for frames in gigabytes; a file of a million frames takes 7. Data that needs more is loaded in turns"""
-    window_updates: int = 62_500
-    """updates on one load of frames before the next, where the data is larger than the memory for it"""
-    frames_dir: str | None = None
-    """unpack all frames to a temporary file in this folder first, and read them from there, memory-mapped: 7 GB a file
-    on disk, none of --memory-gb; what the system keeps of them in memory gives way to other programs"""
-    seed: int = 0
-    """first seed; agent k uses seed + k"""
-    num_seeds: int = 1
-    """agents trained side by side in one batched computation (the axis S)"""
-    num_updates: int = 12_500_000
-    """gradient steps; the paper's 1X; 5X: 62,500,000"""
-    batch_size: int = 32
-    """transitions per update and seed (the axis B)"""
-    channels: tuple[int, ...] = (32, 64, 64)
-    """channels of the three convolutions"""
-    hidden_size: int = 512
-    """width of the hidden layer behind them"""
-    num_heads: int = 200
-    """values per action, each a Q-function (K)"""
-    averaged_target: bool = False
-    """one target for all heads, from the mean of the frozen ones (Averaged Ensemble-DQN)"""
-    padding: Literal["same", "valid"] = "same"
-    """of the convolutions: same is the REM code's (7,744 features), valid the Nature article's (3,136)"""
-    learning_rate: float = 5e-5
-    """Adam step size"""
-    optimizer_eps: float = 0.01 / 32
-    """Adam's epsilon; every head has a K-th of the gradient, so that short runs want it smaller (1e-6)"""
-    optimizer_style: Literal["tensorflow", "torch"] = "tensorflow"
-    """where Adam has its epsilon: as in the paper's TensorFlow, or as in torch"""
-    gamma: float = 0.99
-    """discount factor"""
-    target_every: int = 2_000
-    """updates between copies of the network to its target; multiples of 10 run fastest on a GPU"""
-    eval_every: int = 62_500
-    """updates between evaluations: the paper's iteration"""
-    eval_episodes: int = 10
-    """episodes per evaluation and seed, greedy but for one random action in a thousand; 0: never evaluate"""
-    eval_workers: int | None = None
-    """processes that evaluate beside training (0: inline; default: one per seed, as far as there are cores)"""
-    checkpoint_every: int = 62_500
-    """updates between checkpoints; a stop by Ctrl-C or SIGTERM writes one too"""
-    log_every: int = 1_000
-    """updates between entries in TensorBoard"""
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    allow_tf32: bool = False
-    """let a GPU multiply matrices in TF32: faster, 10 bits of mantissa"""
-    run_dir: str | None = None
-    """where the results go; default runs/ensemble_dqn_atari/<dataset>/<seeds>-<time>"""
-    resume: str | None = None
-    """continue the run in this folder, exactly where its last checkpoint stands"""
-    evaluate: str | None = None
-    """evaluate the policies of the run in this folder, train nothing"""
-    capture_video: bool = False
-    """with --evaluate: record each seed's first episode to RUN_DIR/videos"""
+    dataset: tuple[str, ...] = ("atari/mspacman",)  # folders of DQN Replay files; `ID:0.1`: a tenth of them
+    env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: the one the log names
+    first_fraction: float = 1.0  # learn from this first part of every log only, its worst play
+    files_in_memory: int = 5  # files whose frames are in memory, 7 GB each; as much again for the next ones
+    files_every: int = 62_500  # updates between changes of the files in memory, where the log has more
+    seed: int = 0  # first seed; agent s uses seed + s
+    num_seeds: int = 1  # agents trained side by side in one batched computation
+    num_updates: int = 12_500_000  # gradient steps; the paper's 5X: 62,500,000
+    batch_size: int = 32  # transitions per update and seed
+    channels: tuple[int, int, int] = (32, 64, 64)  # of the three convolutions
+    hidden_size: int = 512  # width of the layer behind them
+    padding: Literal["same", "valid"] = "same"  # same: the REM code's; valid: the Nature article's
+    num_heads: int = 200  # values per action, each a Q-function
+    averaged_target: bool = False  # one target for all heads, from the mean of the frozen ones
+    learning_rate: float = 5e-5  # Adam's step size
+    adam_eps: float = 0.01 / 32  # Adam's epsilon; short runs want 1e-6, for a head has a K-th of the gradient
+    gamma: float = 0.99  # discount factor
+    target_every: int = 2_000  # updates between copies of the network to its target
+    eval_every: int = 62_500  # updates between evaluations, each of which comes with a checkpoint
+    eval_episodes: int = 10  # episodes per evaluation and seed, one action in a thousand at random; 0: never
+    log_every: int = 1_000  # updates between entries in TensorBoard
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where training runs
+    run_dir: str | None = None  # where the results go; default: runs/SCRIPT/DATASET/SEED-TIME-PROCESS
+    resume: str | None = None  # continue the run in this folder from its last checkpoint
+    evaluate: str | None = None  # evaluate the policies of the run in this folder, train nothing
+
+    def __post_init__(self):
+        # as tuples, of which JSON makes lists; files by full path, so that a run goes on from anywhere
+        self.channels = tuple(self.channels)
+        self.dataset = tuple(
+            os.path.abspath(name) if os.path.exists(NAME.fullmatch(name)[1]) else name
+            for name in self.dataset
+        )
+        if not (0 <= self.gamma <= 1 and 0 < self.first_fraction <= 1):
+            sys.exit("error: gamma and first_fraction are shares; give numbers in [0, 1] and (0, 1]")
+        periods = self.num_updates, self.files_every, self.target_every, self.eval_every, self.log_every
+        if any(period <= 0 or period % CHUNK for period in periods):
+            sys.exit(f"error: num_updates and all ..._every count in steps of {CHUNK}; give multiples of it")
 
 
-# flags that may differ when a run goes on or is evaluated: they do not change what an update computes
-RESUME_MAY_CHANGE = {"resume", "evaluate", "run_dir", "device", "num_updates", "eval_episodes", "eval_workers"}
-RESUME_MAY_CHANGE |= {"checkpoint_every", "log_every", "capture_video"}
+# Random numbers -----------------------------------------------------------------------------------
+def random_generators(seeds, purpose, step):
+    """One a seed, whose numbers do not depend on its neighbours."""
+    return [np.random.default_rng((seed, purpose, step)) for seed in seeds]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The idea: every head is a DQN of its own
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# The idea: every head is a DQN of its own ---------------------------------------------------------
 def best_values(values, averaged):
-    """Values (S, B, A, K) of the best action: each head's own best (S, B, K), or that of their mean (S, B, 1)."""
-    return values.mean(-1, keepdim=True).amax(2) if averaged else values.amax(2)
+    """Values (S, B, A, K) of the best action: of each head's own (S, B, K), or of the mean's (S, B, 1)."""
+    if averaged:
+        values = values.mean(-1, keepdim=True)
+    return values.amax(2)
 
 
 def huber(u):
@@ -174,11 +147,7 @@ def huber(u):
     return torch.where(size <= 1, 0.5 * u.square(), size - 0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks. Every tensor starts with the seed axis S, so that all agents share each convolution and matrix product.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def fan_in_scaled_uniform(weight, fan_in, fan_out, generator):
     """Uniform weights of variance 1 / (sqrt(3) in): the REM code's choice for networks with several heads."""
     bound = math.sqrt(math.sqrt(3) / fan_in)
@@ -186,1042 +155,583 @@ def fan_in_scaled_uniform(weight, fan_in, fan_out, generator):
 
 
 class NatureNetwork(nn.Module):
-    """`lead` independent networks of the Nature article, side by side, with num_heads values for each action.
+    """S * C independent networks of the Nature article side by side; those of a seed see the same frames.
+    Three convolutions, each one for all networks; a hidden layer; num_heads values an action."""
 
-    Four frames go through three convolutions with ReLUs, all networks' in one grouped convolution, then through a
-    hidden layer to the values. lead: (S,) or (S, networks per seed); those of one seed see the same frames.
-    init(weight, fan_in, fan_out, generator) fills one layer of one network in place, biases are zero;
-    generators: one torch.Generator per seed, so that the weights of a seed do not depend on its neighbours.
-    """
+    KERNELS = 8, 4, 3
+    STRIDES = 4, 2, 1
 
-    KERNELS, STRIDES = (8, 4, 3), (4, 2, 1)
-
-    def __init__(self, lead, num_actions, num_heads, init, generators, args):
+    def __init__(self, num_actions, num_heads, init, generators, args, C=1):
         super().__init__()
-        self.num_heads, self.pads, self.layers = num_heads, [], []
-        layers, size = [], 84  # (shape, fan-in, fan-out) of every weight; size of what the next convolution sees
-        for (fan_in, fan_out), kernel, stride in zip(pairwise((4, *args.channels)), self.KERNELS, self.STRIDES):
-            layers.append(((fan_out, fan_in, kernel, kernel), fan_in * kernel**2, fan_out * kernel**2))
-            missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) if args.padding == "same" else 0
+        self.C = C
+        self.num_heads = num_heads
+        self.pads = []  # pixels before and behind the input of each convolution
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+
+        def add_layer(shape, fan_in, fan_out, num_outputs):
+            weight = torch.empty(len(generators) * C, *shape)
+            for i in range(len(weight)):
+                init(weight[i], fan_in, fan_out, generators[i // C])
+            self.weights.append(weight)
+            self.biases.append(torch.zeros(len(weight), 1, num_outputs))
+
+        num_inputs = 4
+        size = 84
+        for num_outputs, kernel, stride in zip(args.channels, self.KERNELS, self.STRIDES):
+            missing = 0
+            if args.padding == "same":
+                missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
             self.pads.append((missing // 2, missing - missing // 2))  # TensorFlow's: the odd one behind
             size = (size + missing - kernel) // stride + 1
-        for fans in pairwise((args.channels[-1] * size**2, args.hidden_size, num_actions * num_heads)):
-            layers.append((fans, *fans))
-        for i, (shape, *fans) in enumerate(layers):
-            weight = torch.zeros(*lead, *shape)
-            bias = torch.zeros(*lead, fans[1] // math.prod(shape[2:]))
-            for s, generator in enumerate(generators):
-                for w in weight[s].view(-1, *shape):
-                    init(w, *fans, generator)
-            self.layers.append((nn.Parameter(weight), nn.Parameter(bias)))
-            self.register_parameter(f"weight{i}", self.layers[i][0])
-            self.register_parameter(f"bias{i}", self.layers[i][1])
+            shape = num_outputs, num_inputs, kernel, kernel
+            add_layer(shape, num_inputs * kernel**2, num_outputs * kernel**2, num_outputs)
+            num_inputs = num_outputs
+        num_inputs *= size**2
+        for num_outputs in (args.hidden_size, num_actions * num_heads):
+            add_layer((num_inputs, num_outputs), num_inputs, num_outputs, num_outputs)
+            num_inputs = num_outputs
 
     def forward(self, frames):
-        """frames (S, B, 4, 84, 84) uint8 -> (*lead, B, A, K)."""
+        """frames (S, B, 4, 84, 84) uint8 -> (S, B, A, K), the values of a seed's networks side by side."""
         x = frames.transpose(0, 1).flatten(1, 2)  # (B, S * 4, 84, 84)
         x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
-        for (weight, bias), stride, (before, behind) in zip(self.layers, self.STRIDES, self.pads):
-            if before != behind:
-                x, before = F.pad(x, (before, behind, before, behind)), 0
-            groups = x.shape[1] // weight.shape[-3]  # S in the first convolution, then as many as there are networks
-            x = F.conv2d(x, weight.flatten(0, -4), bias.flatten(), stride, before, groups=groups).relu_()
-        lead = self.weight0.shape[:-4]
-        x = x.permute(2, 3, 0, 1).unflatten(3, (math.prod(lead), -1))  # (height, width, B, lead, C)
-        x = x.permute(3, 2, 0, 1, 4).flatten(2)  # (lead, B, height * width * C)
-        for i, (weight, bias) in enumerate(self.layers[len(self.pads) :]):
-            x = torch.baddbmm(bias.flatten(0, -2)[:, None], x, weight.flatten(0, -3))
-            x = x.relu_() if i == 0 else x
-        return x.unflatten(-1, (-1, self.num_heads)).unflatten(0, lead)
+        *convolutions, hidden, last = zip(self.weights, self.biases)
+        for (weight, bias), stride, (pad, behind) in zip(convolutions, self.STRIDES, self.pads):
+            if pad != behind:
+                x = nn.functional.pad(x, (pad, behind, pad, behind))
+                pad = 0
+            groups = x.shape[1] // weight.shape[2]  # S in the first convolution, then S * C
+            weight = weight.flatten(0, 1)
+            x = nn.functional.conv2d(x, weight, bias.flatten(), stride, pad, groups=groups)
+            x = x.relu_()
+        x = x.unflatten(1, (len(self.weights[0]), -1))  # (B, S * C, channels, height, width)
+        x = x.permute(1, 0, 3, 4, 2).flatten(2)
+        weight, bias = hidden
+        x = torch.baddbmm(bias, x, weight).relu_()
+        weight, bias = last
+        x = torch.baddbmm(bias, x, weight)
+        x = x.unflatten(-1, (-1, self.num_heads)).unflatten(0, (-1, self.C))  # (S, C, B, A, heads)
+        return x.permute(0, 2, 3, 1, 4).flatten(3)
 
-    def act(self, frames):
-        """The greedy actions (S, B) of one network per seed, by the mean of its heads."""
-        return self(frames).mean(-1).argmax(-1)
 
+class GreedyPolicy(nn.Module):
+    """Frames (S, B, 4, 84, 84) -> best actions (S, B) by the mean of a network's values."""
 
-class AdamWithEps(nn.Module):
-    """Adam (Kingma and Ba, 2015) for the large epsilons of Atari agents, with all of its state in fixed buffers.
-
-    p <- p - learning_rate m_hat / (sqrt(v_hat) + eps), with m_hat = m / (1 - 0.9^t), v_hat = v / (1 - 0.999^t): torch;
-    TensorFlow adds eps to sqrt(v), before v is corrected: its first steps are smaller.
-    """
-
-    def __init__(self, parameters, learning_rate, eps, style):
+    def __init__(self, network):
         super().__init__()
-        self.params, self.learning_rate, self.eps, self.style = list(parameters), learning_rate, eps, style
-        device = self.params[0].device
-        self.register_buffer("num_steps", torch.zeros((), device=device))
-        for i, parameter in enumerate(self.params):
-            self.register_buffer(f"mean{i}", torch.zeros_like(parameter))
-            self.register_buffer(f"square{i}", torch.zeros_like(parameter))
+        self.network = network
 
-    def minimize(self, loss):
-        """One step on this optimiser's own parameters; no other parameter gets a gradient."""
-        grads = torch.autograd.grad(loss, self.params)
-        grads = [grad.contiguous() for grad in grads]  # convolutions' are not, and the kernel goes by memory
-        num_steps, *moments = self.buffers()
-        with torch.no_grad():
-            num_steps.add_(1)
-            learning_rate, t = torch.full_like(num_steps, self.learning_rate), num_steps
-            if self.style == "tensorflow":  # the step size has the corrections; after infinite steps none are left
-                learning_rate.mul_((1 - 0.999 ** t.double()).sqrt() / (1 - 0.9 ** t.double()))
-                t = torch.full_like(num_steps, math.inf)
-            torch._fused_adam_(
-                self.params, grads, moments[::2], moments[1::2], [], [t] * len(grads), lr=learning_rate,
-                beta1=0.9, beta2=0.999, eps=self.eps, weight_decay=0.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
+    def forward(self, frames):
+        return self.network(frames).mean(-1).argmax(-1)
 
 
-class MultiHeadAgent(nn.Module):
-    """Networks with `num_heads` values per action, and the optimiser, of S independent agents."""
+class TensorFlowAdam(torch.optim.Adam):
+    """Adam as in TensorFlow, which adds epsilon to sqrt(v) before v's bias is corrected: smaller first steps.
+    p <- p - learning_rate sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + eps)"""
 
-    def __init__(self, num_actions, args, device):
+    def __init__(self, parameters, learning_rate, eps):
+        rate = torch.zeros((), device=parameters[0].device)
+        super().__init__(parameters, rate, eps=eps, fused=True, capturable=rate.is_cuda)
+        self.learning_rate = learning_rate
+        for parameter in parameters:
+            self.state[parameter] = {
+                "num_steps": torch.zeros_like(rate),
+                "step": torch.full_like(rate, math.inf),  # after so many, torch corrects no bias
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def step(self):
+        group = self.param_groups[0]
+        first = self.state[group["params"][0]]
+        t = first["num_steps"].add_(1).double()
+        group["lr"].copy_(self.learning_rate * (1 - 0.999**t).sqrt() / (1 - 0.9**t))
+        super().step()
+
+
+class Agent(nn.Module):
+    """Networks and optimizers of S independent agents."""
+
+    def __init__(self, num_actions, args):
         super().__init__()
+        # one generator per seed, so that its weights do not depend on its neighbours
         generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.num_seeds)]
-        lead, heads = (args.num_seeds,), args.num_heads
-        self.network = NatureNetwork(lead, num_actions, heads, fan_in_scaled_uniform, generators, args)
+        init = fan_in_scaled_uniform
+        self.network = NatureNetwork(num_actions, args.num_heads, init, generators, args)
         self.target_network = copy.deepcopy(self.network).requires_grad_(False)
-        self.to(device)
-        adam = AdamWithEps(self.network.parameters(), args.learning_rate, args.optimizer_eps, args.optimizer_style)
-        self.optimizers = nn.ModuleDict({"network": adam})
+        self.to(args.device)
+        adam = TensorFlowAdam(list(self.network.parameters()), args.learning_rate, args.adam_eps)
+        self.optimizers = {"network": adam}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The update
-# ---------------------------------------------------------------------------------------------------------------------
+# The update ---------------------------------------------------------------------------------------
+def minimize(loss, optimizer):
+    """One step on the optimizer's own parameters; no other parameter gets a gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    loss.backward(inputs=parameters)
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None  # faster than zero_grad
 
 
-def update(agent, batch, args):
-    """One gradient step of every agent; nothing in here waits for the GPU.
-
-    batch: obs (S, B, 4, 84, 84) uint8, action, reward (S, B), next_obs as obs, not_terminal (S, B).
-    Returns a dict of metrics, each (S,), on the device.
-    """
-    obs, action, reward, next_obs, not_terminal = batch
-
+def update(agent, obs, action, reward, next_obs, not_terminated, args):
+    """One gradient step of every agent on obs and next_obs (S, B, 4, 84, 84), action, reward and
+    not_terminated (S, B). Returns what to log, (S,) each, still on the device: nothing waits for a GPU."""
     # the targets, DQN (2): every frozen head's best action in the next state
     with torch.no_grad():
         next_q = best_values(agent.target_network(next_obs), args.averaged_target)  # (S, B, K or 1)
-        target_q = reward[..., None] + args.gamma * not_terminal[..., None] * next_q
+        target_q = reward[..., None] + args.gamma * not_terminated[..., None] * next_q
 
     # a gradient step on the logged actions' values, DQN (3)
     q = agent.network(obs).take_along_dim(action[..., None, None], 2).squeeze(2)  # (S, B, K)
     loss = huber(q - target_q).mean((1, 2))  # (S,)
-    agent.optimizers["network"].minimize(loss.sum())  # sum over S: seeds never mix
+    minimize(loss.sum(), agent.optimizers["network"])  # sum over S: seeds never mix
 
-    return {"loss/td": loss.detach(), "value/q": q.detach().mean((1, 2)), "value/target_q": target_q.mean((1, 2))}
+    return {
+        "loss/td": loss.detach(),
+        "value/q": q.detach().mean((1, 2)),
+        "value/target_q": target_q.mean((1, 2)),
+    }
 
 
 def synchronize(agent):
     """Q_target <- Q."""
     with torch.no_grad():
-        torch._foreach_copy_(list(agent.target_network.parameters()), list(agent.network.parameters()))
+        targets = agent.target_network.parameters()
+        for target, online in zip(targets, agent.network.parameters()):
+            target.copy_(online)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing of the offline Atari scripts: the files of the DQN Replay Dataset
-# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing of the offline Atari scripts: data ------------------------------------------------------
+class ReplayFile(NamedTuple):
+    """R rows of logged play in the order of time; the frame that follows a row's is in the next row. Three
+    black rows come before every episode, as the past of its first stacks."""
 
-FRAME_BYTES = 84 * 84
-FILES_PER_WINDOW = 5  # as many as the REM code loads at a time
-
-
-@dataclass
-class ReplayFile:
-    """R rows of logged play in the order of time: a frame, and the action, reward and end that came of it. The frame
-    after it is in the next row. An episode starts with three black rows, the past of its first stacks."""
-
-    path: Path  # of the frames: $store$_observation_ckpt.N.gz, or a Minari folder's main_data.hdf5
-    action: np.ndarray  # (R,) uint8
-    reward: np.ndarray  # (R,) float32, clipped to [-1, 1]
+    path: Path  # of the frames, a gzip'ed .npy of (R or more, 84, 84) uint8
+    action: np.ndarray  # (R,)
+    reward: np.ndarray  # (R,), clipped to [-1, 1]
     terminal: np.ndarray  # (R,) bool
-    valid: np.ndarray  # (R,) bool: rows that have a whole stack of frames, and a next one
-    starts: np.ndarray  # (E + 1,) first rows of the episodes, and R
+    valid: np.ndarray  # (R,) bool, rows to learn from
 
 
-def valid_rows(terminal, num_rows):
-    """Rows t (bool) to draw from: no end in rows t - 3 to t - 1, and rows t - 3 to t + 1 among the first num_rows.
+def find_replay(name):
+    """Folder with the files of a log: given or embedded here."""
+    embedded = Path(__file__).resolve().parent.parent / "tests" / "data"
+    for folder in (Path(name), Path(name, "replay_logs"), Path(embedded, name, "replay_logs")):
+        if list(folder.glob("$store$_observation_ckpt.*.gz")):
+            return folder
+    known = [str(folder.relative_to(embedded)) for folder in embedded.glob("atari/*")]
+    sys.exit(f"error: no files $store$_..._ckpt.N.gz in {name}; embedded are {known}")
 
-    This leaves out stacks that reach over two episodes, and the black rows between them, three after every end.
-    """
+
+def valid_rows(terminal):
+    """Rows t to learn from, (R,): frames t - 3 to t + 1 are there, and no end is in rows t - 3 to t - 1. That
+    leaves out stacks of two episodes and the black rows between them, three after every end."""
     valid = np.zeros(len(terminal), bool)
-    valid[3 : max(num_rows - 1, 3)] = True
+    valid[3:-1] = True
     for ago in (1, 2, 3):
         valid[ago:] &= ~terminal[:-ago]
     return valid
 
 
-def read_array(folder, name, number):
-    """An array of file number N of the DQN Replay Dataset, whole; nothing that it holds is run."""
-    with gzip.open(folder / f"{name}_ckpt.{number}.gz") as file:
-        return np.load(io.BytesIO(file.read()), allow_pickle=False)  # to the end, where the checksum is
+def read_file(folder, number):
+    """File number N of a log, all but its frames."""
 
+    def read(name):
+        content = gzip.decompress((folder / f"{name}_ckpt.{number}.gz").read_bytes())
+        return np.load(io.BytesIO(content))
 
-def frames_shape(file):
-    """Shape of the .npy array of frames that begins here; the file is left at its first byte of data."""
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(file)
-    if shape[1:] != (84, 84) or dtype != np.uint8 or fortran_order:
-        raise ValueError(f"frames of shape {shape[1:]} and type {dtype}")
-    return shape
-
-
-def replay_file(folder, number):
-    """File number N of a folder of the DQN Replay Dataset, all but its frames."""
+    # a snapshot of a circular memory: rows that its last round had not reached are a round old
+    add_count = int(read("add_count"))
+    action = read("$store$_action")
+    num_rows = add_count % len(action) or min(add_count, len(action))
+    action = action[:num_rows]
+    reward = read("$store$_reward")[:num_rows].clip(-1, 1)
+    terminal = read("$store$_terminal")[:num_rows].astype(bool)
+    if not (np.isfinite(reward) & (0 <= action) & (action < 18)).all():
+        sys.exit(f"error: file {number} in {folder} has NaN as reward, or actions of no game")
     path = folder / f"$store$_observation_ckpt.{number}.gz"
-    action, reward, terminal = (read_array(folder, f"$store$_{x}", number) for x in ("action", "reward", "terminal"))
-    with gzip.open(path) as file:
-        lengths = {frames_shape(file)[0], len(action), len(reward), len(terminal)}
-    if len(lengths) > 1 or not (0 <= action.min() <= action.max() < 18 and np.isfinite(reward).all()):
-        raise ValueError(f"arrays of lengths {sorted(lengths)}, actions beyond 0 to 17, or rewards that are no numbers")
-    # a snapshot of a circular memory: rows that its last round had not reached yet are one round old
-    num_rows = (int(read_array(folder, "add_count", number)) - 1) % len(action) + 1
-    reward, terminal = np.clip(np.float32(reward[:num_rows]), -1, 1), terminal[:num_rows].astype(bool)
-    starts = np.unique([0, *(np.flatnonzero(terminal) + 1), num_rows])
-    return ReplayFile(path, np.uint8(action[:num_rows]), reward, terminal, valid_rows(terminal, num_rows), starts)
-
-
-def minari_replay_file(folder):
-    """A Minari folder of Atari data in the same form, with the black rows and a row for each episode's last frame."""
-    columns, starts = {"action": [], "reward": [], "terminal": [], "valid": []}, [0]
-    with h5py.File(folder / "main_data.hdf5") as file:
-        for i in range(json.loads((folder / "metadata.json").read_text())["total_episodes"]):
-            group = file[f"episode_{i}"]
-            action, reward = group["actions"][()], np.clip(np.float32(group["rewards"][()]), -1, 1)
-            if action.ndim != 1 or not len(action) == len(reward) == len(group["observations"]) - 1:
-                raise ValueError("its actions are no single integers, or an episode's arrays differ in length")
-            if not (0 <= action.min() <= action.max() < 18 and np.isfinite(reward).all()):
-                raise ValueError("actions beyond 0 to 17, or rewards that are no numbers")
-            values = action, reward, group["terminations"][()], np.ones(len(action), bool)
-            for column, x in zip(columns.values(), values):
-                column.append(np.pad(x, (3, 1)))
-            starts.append(starts[-1] + len(action) + 4)
-    columns = {name: np.concatenate(column) for name, column in columns.items()}
-    columns["action"] = np.uint8(columns["action"])
-    return ReplayFile(folder / "main_data.hdf5", **columns, starts=np.array(starts))
-
-
-def grey_frames(obs):
-    """Observations (T, ...) as single grey frames (T, 84, 84): of stacks the last one, colour frames by luminance and
-    area (without the maximum over two frames that other logs have)."""
-    if obs.ndim == 4 and obs.shape[-1] == 3:
-        overlap = []  # of each of 84 equal parts of an axis with each of its pixels
-        for n in obs.shape[1:3]:
-            edge, pixel = np.arange(85)[:, None] * n / 84, np.arange(n)
-            overlap.append(np.clip(np.minimum(edge[1:], pixel + 1) - np.maximum(edge[:-1], pixel), 0, None) * 84 / n)
-        grey = np.float32(obs) @ np.float32([0.299, 0.587, 0.114])
-        obs = np.uint8(np.rint(overlap[0] @ grey @ overlap[1].T))
-    elif obs.ndim == 4:
-        obs = obs[:, -1] if obs.shape[2:] == (84, 84) else obs[..., -1]
-    if obs.shape[1:] != (84, 84) or obs.dtype != np.uint8:
-        raise ValueError(f"observations of shape {obs.shape[1:]} and type {obs.dtype}")
-    return obs
-
-
-def find_dataset(name):
-    """Path of a D4RL file or Minari data folder: given as such, embedded here, local to Minari, or downloaded by it."""
-    local = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets") / name
-    for path in (Path(name), Path(__file__).resolve().parent.parent / "tests" / "data" / name, local):
-        if path.is_file():
-            return path
-        for folder in (path / "data", path):
-            if (folder / "metadata.json").exists():
-                return folder
-    if Path(name).exists() or Path(name).is_absolute() or name.endswith(".hdf5"):
-        fail(f"{name} is neither a D4RL file nor a folder with a Minari dataset", "check --dataset")
-    try:
-        urllib.request.urlopen("https://huggingface.co", timeout=5).close()  # fails at once where Minari would hang
-        import minari
-
-        minari.download_dataset(name)
-    except Exception as e:  # whatever the layers below raise, the user wants one line
-        fail(f"dataset {name} is not on this machine and cannot be downloaded ({e})", "check its name and the network")
-    return local / "data"
-
-
-def find_replay(name):
-    """Folder of replay files or of Minari data: given as such, embedded here, local to Minari, or downloaded by it."""
-    for path in (Path(name), Path(__file__).resolve().parent.parent / "tests" / "data" / name):
-        for folder in (path, path / "replay_logs"):
-            if list(folder.glob("$store$_*_ckpt.*.gz")):
-                return folder
-    if not Path(name).exists() or list(Path(name).glob("**/metadata.json")):
-        path = find_dataset(name)
-        if path.is_dir():
-            return path
-    fail(f"{name} has no files $store$_..._ckpt.N.gz, nor is it Minari data", "give a folder that has, say dqn/Pong/1")
-
-
-def replay_environment(folder):
-    """The game of a log and its references, returns of random play and of the best evaluation of the DQN that logged
-    it (the worse of the two first: REM's normalised score), from replay.json beside the log, or from its path."""
-    references, kwargs, description = None, {}, folder.parent / "replay.json"
-    if (folder / "metadata.json").exists():
-        spec = json.loads(json.loads((folder / "metadata.json").read_text()).get("env_spec") or "{}")
-        env_id = spec.get("id")
-        if (spec.get("kwargs") or {}).get("full_action_space"):  # the numbers of its actions mean others
-            kwargs = {"full_action_space": True}
-    elif description.exists():
-        description = json.loads(description.read_text())
-        env_id, references = description["env_id"], (description["random"], description["dqn"])
-        references = None if None in references or references[0] == references[1] else sorted(references)
-    else:  # .../dqn/Pong/1/replay_logs
-        game = next((x for x in reversed(folder.resolve().parts) if x != "replay_logs" and not x.isdigit()), "")
-        env_id = f"ALE/{game}-v5" if game.isalnum() and game[:1].isupper() else None
-    if env_id and not env_id.startswith("ALE/"):
-        fail(f"{folder} is data of {env_id}, no environment of ale_py", "give a log of an Atari game")
-    return {"id": env_id, "kwargs": kwargs, "references": references or ATARI_REFERENCES.get(env_id)}
-
-
-def keep_random_episodes(files, share, seed):
-    """Leaves this share of the episodes of some files, one at least, in their valid rows."""
-    episodes = [(file, i, j) for file in files for i, j in pairwise(file.starts) if file.valid[i:j].any()]
-    order = np.random.default_rng(seed).permutation(len(episodes))
-    for dropped in order[max(1, round(share * len(order))) :]:
-        file, i, j = episodes[dropped]
-        file.valid[i:j] = False
+    return ReplayFile(path, action, reward, terminal, valid_rows(terminal))
 
 
 def load_replay(args):
-    """All values of --dataset as a list of ReplayFile, reduced as asked for, and the environment of the first."""
-    files, environments = [], []
+    """The files of --dataset that are to be learned from, in the order of time; returns of their episodes."""
+    files = []
+    returns = []
     for name in args.dataset:
-        base, _, fraction = name.rpartition(":")
-        if not fraction.replace(".", "", 1).isdigit():
-            base, fraction = name, "1"
-        if not 0 < float(fraction) <= 1:
-            fail(f"fraction {fraction} of dataset {base} is out of range", "give a number in (0, 1]")
-        folder = find_replay(base)
-        try:
-            environments.append(replay_environment(folder))
-            if (folder / "main_data.hdf5").exists():
-                if args.files:
-                    fail(f"{base} is Minari data, which has no numbered files", "leave out --files")
-                log = [minari_replay_file(folder)]
-            else:
-                numbers = {int(path.name.split(".")[-2]) for path in folder.glob("$store$_*_ckpt.*.gz")}
-                if missing := set(args.files or ()) - numbers:
-                    fail(f"{base} has no files number {sorted(missing)}", f"choose from {sorted(numbers)}")
-                log = [replay_file(folder, number) for number in sorted(args.files or numbers)]
-        except (OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, zlib.error) as e:
-            fail(f"dataset {base} is broken ({type(e).__name__}: {e})", "download or write it again")
-        left = math.ceil(args.first_fraction * sum(len(file.valid) for file in log))
-        for file in log:
-            file.valid[max(left, 0) :] = False
-            left -= len(file.valid)
-        keep_random_episodes(log, float(fraction), args.seed)
-        files += log
-    keep_random_episodes(files, args.subsample, args.seed)
-    if not any(file.valid.any() for file in files):
-        fail("the data holds no transition", "check --dataset, --files, --first-fraction and --subsample")
-    games = {environment["id"] for environment in environments if environment["id"]}
-    if len(games) > 1 and not args.env_id:
-        fail(f"the data is of {len(games)} games, {sorted(games)}", "give logs of one, or --env-id")
-    environment = environments[0]
-    if args.env_id and args.env_id != environment["id"]:
-        environment = {"id": args.env_id, "kwargs": {}, "references": ATARI_REFERENCES.get(args.env_id)}
-    return files, environment
+        name, share = NAME.fullmatch(name).groups()
+        folder = find_replay(name)
+        paths = folder.glob("$store$_observation_ckpt.*.gz")
+        numbers = sorted(int(path.name.split(".")[-2]) for path in paths)
+        log = [read_file(folder, number) for number in tqdm(numbers, "reading", disable=None)]
+        _, *columns = zip(*log)
+        _, reward, terminal, valid = map(np.concatenate, columns)
+
+        # the first part of the log, then a share of its episodes, which may go on in the next file
+        valid[math.ceil(args.first_fraction * len(valid)) :] = False
+        episode = np.cumsum(terminal) - terminal  # of every row
+        episodes = np.random.default_rng(0).permutation(np.unique(episode[valid]))
+        fraction = float(share or 1)
+        if not (0 < fraction <= 1 and len(episodes)):
+            sys.exit(f"error: nothing of {name} is left to learn from; give larger shares, in (0, 1]")
+        kept = episodes[: max(1, round(fraction * len(episodes)))]
+        valid &= np.isin(episode, kept)
+        returns.append(np.bincount(episode[valid], reward[valid])[kept])
+        ends = np.cumsum([len(file.valid) for file in log])
+        for file, part in zip(log, np.split(valid, ends)):
+            if part.any():
+                files.append(file._replace(valid=part))
+    return files, np.concatenate(returns)
 
 
-def unpack_frames(path, runs, frames, cancelled):
-    """Copies rows i to j of the replay file's frames to frames[k:], for all (i, j, k) in runs, in ascending order."""
-    with gzip.open(path) as file:
-        frames_shape(file)
-        row = 0
-        for i, j, k in runs:
-            while row < j and not cancelled.is_set():
-                n = min(256, (i if row < i else j) - row)  # what comes before i is read, too, and forgotten
-                content = file.read(n * FRAME_BYTES)
-                if len(content) < n * FRAME_BYTES:
-                    raise EOFError(f"it ends after {row} frames")
-                if row >= i:
-                    frames[k + row - i :][:n] = np.frombuffer(content, np.uint8).reshape(n, 84, 84)
-                row += n
-        while not cancelled.is_set() and file.read(256 * FRAME_BYTES):  # to the end, where the checksum is
-            pass
+def evaluation_environment(args):
+    """Environment of the evaluations, and the returns that score 0 and 100, of random play and of the agent
+    that logged at its best. The first log may name all three, in replay.json beside its files' folder."""
+    path = find_replay(NAME.fullmatch(args.dataset[0])[1]).with_name("replay.json")
+    log = {}
+    if path.exists():
+        log = json.loads(path.read_text())
+    env_id = args.env_id
+    if not env_id and log.get("env_id") in gym.registry:  # so that no file has us run foreign code
+        env_id = log["env_id"]
+    if args.eval_episodes and not env_id:
+        sys.exit(f"error: the log names no environment of gymnasium or ale_py, {log}; give --env-id")
+    references = np.nan, np.nan
+    if log and log["env_id"] == env_id:
+        references = sorted((log["random"], log["dqn"]))  # in Skiing it is DQN that is worse
+    return env_id, references
 
 
-def unpack_minari(path, starts, runs, frames, cancelled):
-    """The same for a Minari file, where a run is one episode: three black rows, then its frames."""
-    with h5py.File(path) as file:
-        for i, j, k in runs:
-            obs = file[f"episode_{np.searchsorted(starts, i)}/observations"]
-            frames[k : k + 3] = 0
-            for t in range(0, len(obs), 256):
-                if not cancelled.is_set():
-                    frames[k + 3 + t : k + j - i][:256] = grey_frames(obs[t : t + 256])
-
-
-class Replay:
-    """What batches are drawn from: single frames in memory, and threads that unpack the next ones.
-
-    Frames that all fit into --memory-gb are loaded once. Else half of that memory holds a window of them, whole random
-    episodes of up to FILES_PER_WINDOW random files, and the other half is being filled with the next window. Windows
-    depend on their number alone, so that all seeds see the same, and a resumed run what it would have seen. Frames are
-    on the device where they fit; if not, batches go there through pinned memory.
-    """
-
-    def __init__(self, files, args, device):
-        self.files, self.device, self.cancelled = files, device, threading.Event()
-        self.episodes = [[(i, j) for i, j in pairwise(file.starts) if file.valid[i:j].any()] for file in files]
-        num_rows = sum(j - i for episodes in self.episodes for i, j in episodes)
-        memory = int(args.memory_gb * 1e9) // FRAME_BYTES
-        self.whole = bool(args.frames_dir) or num_rows < memory
-        self.num_rows = num_rows if self.whole else memory // 2 - 1  # of a window
-        longest = max(j - i for episodes in self.episodes for i, j in episodes)
-        if self.num_rows < longest:
-            needed = 2 * (longest + 2) * FRAME_BYTES / 1e9
-            fail(f"--memory-gb {args.memory_gb} has no room for whole episodes", f"give {needed:.2g} or more")
-        self.files_per_window = min(FILES_PER_WINDOW, self.num_rows // longest)
-        size = (self.num_rows + 1) * FRAME_BYTES  # the last row is no frame, but what follows an end
-        room = 0.8 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        self.on_device = size < room and not args.frames_dir
-        num_buffers = 1 if self.whole or self.on_device else 2
-        shape = (self.num_rows + 1, 84, 84)
-        try:
-            if args.frames_dir:
-                file = tempfile.TemporaryFile(dir=args.frames_dir)  # gone with the process
-                free = shutil.disk_usage(args.frames_dir).free
-                if size > free:  # the file would be made all the same, and end the program where the disk is full
-                    raise OSError(f"{free / 1e9:.1f} GB are free in {args.frames_dir}")
-                self.buffers = [np.memmap(file, np.uint8, "w+", shape=shape)]
-            else:
-                self.buffers = [np.empty(shape, np.uint8) for _ in range(num_buffers)]
-        except (OSError, MemoryError) as e:
-            fail(f"no room for {num_buffers * size / 1e9:.1f} GB of frames ({e})", "change --memory-gb or --frames-dir")
-        self.frames = torch.zeros(shape, dtype=torch.uint8, device=device) if self.on_device else None
-        self.number = self.next_number = None  # of the window in use, and of the one being loaded
-
-    def plan(self, number):
-        """Episodes (file, i, j) of a window, in the order of the files."""
-        if self.whole:
-            return [(f, i, j) for f, episodes in enumerate(self.episodes) for i, j in episodes]
-        rng, plan = np.random.default_rng(number), []
-        candidates = [f for f, episodes in enumerate(self.episodes) if episodes]
-        chosen = rng.permutation(candidates)[: self.files_per_window]
-        for f in chosen:
-            order = rng.permutation(len(self.episodes[f]))
-            lengths = np.array([j - i for i, j in self.episodes[f]])[order]
-            kept = order[np.cumsum(lengths) <= self.num_rows // len(chosen)]
-            plan += [(int(f), *self.episodes[f][e]) for e in sorted(kept)]
-        return sorted(plan)
-
-    def start_loading(self, number):
-        """Begins to unpack window `number` into the buffer that is free, in one thread per file."""
-        self.next_number, self.next_plan, self.jobs = number, self.plan(number), []
-        runs, k = {}, 0
-        for f, i, j in self.next_plan:
-            runs.setdefault(f, []).append((i, j, k))
-            k += j - i
-
-        def unpack(file, runs, done):
-            arguments = runs, self.buffers[number % len(self.buffers)], self.cancelled
-            try:
-                if file.path.suffix == ".gz":
-                    done.set_result(unpack_frames(file.path, *arguments))
-                else:
-                    done.set_result(unpack_minari(file.path, file.starts, *arguments))
-            except Exception as e:  # told where the window is waited for
-                done.set_exception(e)
-
-        for f, runs_of_file in runs.items():
-            self.jobs.append((self.files[f].path, Future()))
-            arguments = self.files[f], runs_of_file, self.jobs[-1][1]
-            threading.Thread(target=unpack, args=arguments, daemon=True).start()
-
-    def use(self, number, prefetch):
-        """Waits for window `number` and draws from it from now on; if `prefetch`, starts to load the one after it."""
-        number = 0 if self.whole else number
-        if number != self.number:
-            if self.next_number != number:
-                self.start_loading(number)
-            for path, job in self.jobs:
-                try:
-                    job.result()
-                except Exception as e:  # gzip, zlib, numpy and h5py each raise their own
-                    fail(f"{path} is broken ({type(e).__name__}: {e})", "download or write it again")
-            self.number = number
-            columns = ("action", "reward", "terminal", "valid")
-            rows = [[getattr(self.files[f], x)[i:j] for f, i, j in self.next_plan] for x in columns]
-            action, reward, terminal, valid = (np.append(np.concatenate(x), np.zeros(1, x[0].dtype)) for x in rows)
-            columns = np.int64(action), reward, 1 - np.float32(terminal)
-            self.columns = [torch.from_numpy(x).to(self.device) for x in columns]
-            buffer = torch.from_numpy(self.buffers[number % len(self.buffers)])
-            if self.on_device:
-                self.frames[: len(valid)] = buffer[: len(valid)]
-                self.buffers = [] if self.whole else self.buffers
-            else:
-                self.frames = buffer
-            self.valid = torch.from_numpy(np.flatnonzero(valid)).to(self.frames.device)
-        if prefetch and not self.whole and self.next_number != number + 1:
-            self.start_loading(number + 1)
-
-    def __call__(self, u):
-        """u: float64 uniform on [0, 1), any shape -> int64 rows of that shape, where the frames are."""
-        return self.valid[(u * len(self.valid)).long().to(self.valid.device)]
-
-    def batches(self, index):
-        """Rows (n, S, B) -> frames t - 3 to t + 1 (n, S, B, 5, 84, 84); action, reward, not_terminal (n, S, B)."""
-        near = (index[..., None] + torch.arange(-3, 2, device=index.device)).flatten()
-        if self.on_device or self.device.type == "cpu":
-            frames = self.frames.index_select(0, near)
-        else:
-            frames = torch.empty(len(near), 84, 84, dtype=torch.uint8, pin_memory=True)
-            torch.index_select(self.frames, 0, near, out=frames)
-            frames, index = (x.to(self.device, non_blocking=True) for x in (frames, index))
-        return [frames.view(*index.shape, 5, 84, 84), *(x[index] for x in self.columns)]
-
-    def close(self):
-        self.cancelled.set()
-
-
-def fit_to_game(files, environment, args):
-    """Number of actions in the evaluation environment, which has to know all that the log has; without one, the
-    log's."""
-    num_logged = 1 + max(int(file.action.max()) for file in files)
-    if not environment["id"]:
-        if args.eval_episodes:
-            fail("the dataset names no game", "give --env-id, or --eval-episodes 0 to train without evaluation")
-        return num_logged
-    num_actions = int(make_atari(environment, 1).single_action_space.n)
-    if num_logged > num_actions:
-        fail(f"the log has {num_logged} actions, {environment['id']} has {num_actions}", "give its game as --env-id")
-    return num_actions
-
-
-def report_replay(files, replay, args, writer):
-    """Prints what there is to learn from and how it is held; the returns of the episodes go to TensorBoard."""
-    spans = [(file, i, j) for file, episodes in zip(files, replay.episodes) for i, j in episodes]
-    whole = [span for span in spans if span[0].terminal[span[2] - 1] or span[0].path.suffix == ".hdf5"]
-    returns = np.array([file.reward[i:j].sum() for file, i, j in whole] or [0.0])
-    print(
-        f"{sum(file.valid.sum() for file in files):,} transitions in {len(spans):,} episodes of {len(files)} file(s); "
-        f"return of the average episode, rewards clipped: {returns.mean():.1f}, of the best: {returns.max():.1f}"
-    )
-    if not replay.whole:
-        gigabytes = replay.num_rows * FRAME_BYTES / 1e9
-        print(f"frames do not fit into --memory-gb: {gigabytes:.1f} GB at a time, for {args.window_updates:,} updates")
-    writer.add_histogram("data/episode_returns", returns)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: flags, environments, evaluation, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-SCRIPT = Path(__file__).stem
-
-# returns of random play and of a human tester, the 0 and the 100 of a normalised score (van Hasselt et al., 2016)
-ATARI_REFERENCES = {
-    "ALE/Asterix-v5": (210.0, 8503.3),
-    "ALE/Boxing-v5": (0.1, 12.1),
-    "ALE/Breakout-v5": (1.7, 30.5),
-    "ALE/Freeway-v5": (0.0, 29.6),
-    "ALE/MsPacman-v5": (307.3, 6951.6),
-    "ALE/Pong-v5": (-20.7, 14.6),
-    "ALE/Qbert-v5": (163.9, 13455.0),
-    "ALE/Seaquest-v5": (68.4, 42054.7),
-    "ALE/SpaceInvaders-v5": (148.0, 1668.7),
-}
-
-
-def fail(problem, remedy):
-    """Ends the program with exit status 2 and one line: what is wrong; what to do."""
-    print(" ".join(f"error: {problem}; {remedy}".split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_flags(**tyro_options):
-    """Args from the command line; tyro's box around an error becomes one line."""
-    box = io.StringIO()
+def unpack(path, frames):
+    """Fills frames (R, 84, 84) with the first R of a file, and reads on to its end, where the checksum is."""
     try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, **tyro_options)
-    except SystemExit as e:
-        if not e.code:  # --help
-            raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-        fail(" ".join(takewhile(lambda line: line.strip("─"), lines)), "see --help")
+        with gzip.open(path) as file:
+            np.lib.format.read_magic(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            if shape[1:] != (84, 84) or dtype != np.uint8 or fortran_order:
+                raise ValueError(f"frames of shape {shape[1:]} and type {dtype}")
+            for row in range(0, len(frames), 256):
+                block = frames[row : row + 256]
+                block[:] = np.frombuffer(file.read(block.nbytes), np.uint8).reshape(block.shape)
+            while file.read(2**20):
+                pass
+    except Exception as error:  # gzip, zlib and numpy have errors of their own, none of which names the file
+        raise OSError(f"{path} is broken") from error
 
 
-def parse_args():
-    """Args from the command line; with --resume or --evaluate, the run's own flags are the defaults."""
-    args = parse_flags(description=__doc__.split("\n")[0])
-    run_dir = args.resume or args.evaluate
-    if not run_dir:
-        return args
-    try:
-        config = json.loads((Path(run_dir) / "config.json").read_text())
-        script, stored, _ = config["script"], config["args"], config["environment"]
-        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
-    except (OSError, ValueError, LookupError, TypeError):
-        fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
-    if script != SCRIPT:
-        fail(f"{run_dir} is a run of {script}.py, not of {SCRIPT}.py", f"use {script}.py")
-    try:
-        stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    except (TypeError, AttributeError) as e:
-        fail(f"{run_dir} was made by another version of {SCRIPT}.py ({e})", "check out the commit in its config.json")
-    args = parse_flags(default=stored)
-    for name, value in asdict(args).items():
-        if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
-            fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
-    return args
+def to_device(x, device):
+    """x there; from pinned memory, because copies from other memory wait for the GPU."""
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
-def check_range(args, low, high, *names):
-    """Fails unless low <= value <= high for each of these flags."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not (value != () and low <= np.min(value) and np.max(value) <= high):
-            fail(f"--{name.replace('_', '-')} {value} is out of range", f"give a value between {low} and {high}")
+class LoggedFrames:
+    """Single frames of a few files in memory, on the device where they fit. Every --files-every updates
+    others take their place, which threads have unpacked meanwhile."""
+
+    def __init__(self, files, args, first):
+        self.files = files
+        self.args = args
+        self.every = args.files_every
+        if len(files) <= args.files_in_memory:
+            self.every = args.num_updates  # they stay
+        self.threads = ThreadPool(args.files_in_memory)
+        self.start(first // self.every)
+        self.change()
+
+    def start(self, period):
+        """Threads begin to unpack the files of a period, which depend on its number alone."""
+        order = np.random.default_rng((period, FILES)).permutation(len(self.files))
+        chosen = [self.files[i] for i in sorted(order[: self.args.files_in_memory])]
+        paths, *columns = zip(*chosen)
+        ends = np.cumsum([len(column) for column in columns[0]])
+        frames = np.empty((ends[-1], 84, 84), np.uint8)
+        job = self.threads.starmap_async(unpack, zip(paths, np.split(frames, ends)))
+        self.coming = [(period, columns, frames, job)]
+
+    def change(self):
+        """Makes the files that were unpacked those to draw from, and starts with the next ones."""
+        period, columns, frames, job = self.coming.pop()  # so that no other name keeps them in memory
+        job.get()
+        self.frames = None  # makes room
+        self.frames = torch.from_numpy(frames)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.frames = self.frames.to(self.args.device)
+        action, reward, terminal, valid = map(np.concatenate, columns)
+        columns = np.flatnonzero(valid), np.int64(action), reward, np.float32(~terminal)
+        self.valid, *self.columns = [torch.from_numpy(x).to(self.frames.device) for x in columns]
+        if (period + 1) * self.every < self.args.num_updates:
+            self.start(period + 1)
+
+    def draw(self, seeds, num_updates, batch_size):
+        """action, reward, not_terminated (CHUNK, S, B) and frames t - 3 to t + 1, CHUNK tensors
+        (S, B, 5, 84, 84), for the updates after num_updates; each seed draws its own."""
+        generators = random_generators(seeds, DRAWS, num_updates)
+        draws = [generator.integers(len(self.valid), size=(CHUNK, batch_size)) for generator in generators]
+        draws = torch.from_numpy(np.stack(draws, axis=1))
+        rows = self.valid[to_device(draws, self.valid.device)]
+        near = rows[..., None] + torch.arange(-3, 2, device=rows.device)
+        # one tensor an update, because large new ones cost a CPU time
+        frames = [self.frames.index_select(0, x.flatten()).view(*x.shape, 84, 84) for x in near]
+        columns = [column[rows] for column in self.columns]
+        return [to_device(x, self.args.device) for x in columns + frames]
 
 
-def choose_device(name):
-    """torch.device for --device: auto, cpu, cuda, cuda:1, ..."""
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("these scripts know cpu and cuda")
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as e:
-        fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
+# Plumbing of all Atari scripts: evaluation, run folder --------------------------------------------
+ATARI_ROW = "update", "seed", "episode", "return", "length", "normalized_score", "most_frequent_action"
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed activations: pages that go back to the system are faulted in again at every update."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to a gigabyte stays
-        mallopt(-4, 0)  # M_MMAP_MAX: large activations come from the heap too
-
-
-def make_atari(environment, num_envs):
-    """Games side by side, as the DQN Replay Dataset was logged: steps of 4 frames, the maximum of the last two kept,
-    grey, 84 x 84, 4 of them stacked (zeros before an episode begins), sticky actions, unclipped rewards.
-
-    An episode ends with the game, not with a life, or after 27,000 steps; the caller resets what has ended.
-    """
-    try:
-        import ale_py
-        from ale_py.vector_env import AtariVectorEnv
-    except ImportError as e:
-        fail(f"environment {environment['id']} needs a package that is not installed ({e})", "pip install ale-py")
-    gym.register_envs(ale_py)
-    try:
-        game = gym.spec(environment["id"]).kwargs["game"]
-    except (gym.error.Error, KeyError):
-        fail(f"{environment['id']} is no Atari game", "give an id like ALE/Pong-v5, see ale_py.roms.get_all_rom_ids()")
-    return AtariVectorEnv(
-        game,
-        num_envs,
-        num_threads=min(num_envs, torch.get_num_threads()),
-        max_num_frames_per_episode=108_000,
-        repeat_action_probability=0.25,
-        noop_max=0,
-        use_fire_reset=False,
-        reward_clipping=False,
-        **environment["kwargs"],
-    )
-
-
-def normalized_score(episode_return, references):
-    """100 (return - random) / (expert - random); nan without references."""
-    return 100 * (episode_return - references[0]) / (references[1] - references[0]) if references else math.nan
-
-
-def score_text(score):
-    """ ", normalised score ..." for a line of output; empty where there are no reference scores."""
-    return "" if np.isnan(score) else f", normalised score {score:.1f}"
-
-
-def policy_of_seed(actor, s):
-    """A copy on the CPU of the s-th of the policies that `actor` holds; its tensors keep a seed axis, of length 1."""
-    policy = copy.deepcopy(actor).cpu().eval()
-    for tensor in [*policy.parameters(), *policy.buffers()]:
-        tensor.data = tensor.data[s : s + 1].clone()
-    return policy
-
-
-def episode_seed(*numbers):
-    """An environment seed that depends on agent seed, update and episode, and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def run_atari_episodes(policy, environment, env_seeds, video_dir=None, epsilon=0.001):
-    """(return, length) of one episode per environment seed; policy.act maps (1, E, 4, 84, 84) bytes to actions (1, E).
-
-    The episodes step side by side, and the batch keeps its size when some are over, so that nobody's rounding
-    depends on when the others end.
-    """
-    policy = pickle.loads(policy) if isinstance(policy, bytes) else policy  # as workers get it
-    envs, rng = make_atari(environment, len(env_seeds)), np.random.default_rng(env_seeds)
-    obs, _ = envs.reset(seed=np.array(env_seeds) % 2**31)  # the emulator's seeds have 31 bits
-    returns, lengths, running = np.zeros(len(obs)), np.zeros(len(obs), int), np.ones(len(obs), bool)
-    frames = []
-    while running.any():
-        if video_dir and running[0]:
-            frames.append(np.tile(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3))
-        with torch.no_grad():
-            greedy = policy.act(torch.from_numpy(obs)[None])[0].numpy()
-        random = rng.integers(envs.single_action_space.n, size=len(obs))
-        actions = np.where(rng.random(len(obs)) < epsilon, random, greedy)
-        obs, rewards, terminated, truncated, _ = envs.step(actions)
-        returns, lengths = returns + running * rewards, lengths + running
-        running &= ~(terminated | truncated)
-    envs.close()
-    if video_dir:
-        from gymnasium.utils.save_video import save_video
-
-        save_video(frames, str(video_dir), lambda episode: True, fps=15, name_prefix=f"episode-{env_seeds[0]}")
-    return [(float(r), int(n)) for r, n in zip(returns, lengths)]
+def make_games(env_id, num_envs):
+    """Environments side by side that show the last 4 frames, (num_envs, 4, 84, 84), black before an episode
+    begins. Atari's as in the DQN Replay Dataset: the maximum of the last two of 4 frames, sticky actions,
+    27,000 steps at most; neither no-ops nor fire at the start, and losing a life ends nothing."""
+    if env_id.startswith("ALE/"):
+        flags = {"noop_max": 0, "use_fire_reset": False, "reward_clipping": False, "num_threads": num_envs}
+        return gym.make_vec(env_id, num_envs, "vector_entry_point", **flags)
+    stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
+    return gym.make_vec(env_id, num_envs, "sync", wrappers=[stack])
 
 
 def start_worker():
-    """An evaluation worker computes on one thread, leaves Ctrl-C and SIGTERM to its parent, and never outlives it."""
+    """An evaluation worker has one thread, and never outlives its parent."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def stop_signals_blocked():
-    """Ctrl-C and SIGTERM wait until the end of the block (Windows, which cannot do that, takes its chances)."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    yield
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+def run_atari_episode(policy, env_id, references, seeds, num_updates, episode):
+    """One episode of every seed, rows (S, 7). policy: any module (S, 1, 4, 84, 84) -> (S, 1), pickled."""
+    policy = pickle.loads(policy)
+    envs = make_games(env_id, len(seeds))
+    num_actions = envs.single_action_space.n
+    generators = [np.random.default_rng((seed, EVALUATION, num_updates, episode + 1)) for seed in seeds]
+    env_seeds = [int(generator.integers(2**31)) for generator in generators]
+    obs, _ = envs.reset(seed=np.array(env_seeds, object))  # as all kinds of environments take them
+    returns = np.zeros(len(seeds))
+    counts = np.zeros((len(seeds), num_actions))
+    running = np.ones(len(seeds), bool)  # what comes after a seed's first episode does not count
+    while running.any():
+        with torch.no_grad():
+            action = policy(torch.from_numpy(obs)[:, None])[:, 0].numpy()
+        for s, generator in enumerate(generators):
+            if generator.random() < 0.001:
+                action[s] = generator.integers(num_actions)
+        counts[range(len(seeds)), action] += running
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += reward * running
+        running &= ~(terminated | truncated)
+    envs.close()
+    lengths = counts.sum(1)
+    worst, best = references
+    scores = 100 * (returns - worst) / (best - worst)
+    shares = counts.max(1) / lengths
+    columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores, shares)
+    return np.stack(columns, axis=1)
 
 
-class AtariEvaluator:
-    """Evaluates snapshots of the policies in worker processes, beside training, and reports in the order of updates.
-
-    Neither the number of workers nor a stop and resume changes a result. Scripts that evaluate one policy in several
-    ways have an evaluator for each, whose `variant` is in the names of its results.
-    """
-
-    def __init__(self, args, environment, run_dir, writer, variant=""):
-        self.args, self.environment, self.writer = args, environment, writer
-        self.name, self.csv_path = f"evaluation{variant}", run_dir / f"evaluations{variant}.csv"
-        self.pending = {}  # update: (state of the actor then, one job per seed)
-        workers = args.eval_workers
-        if workers is None:
-            workers = max(1, min(args.num_seeds, (os.cpu_count() or 1) - 1))
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, spawn, start_worker) if workers and args.eval_episodes else None
-        if not self.csv_path.exists():
-            self.csv_path.write_text("update,seed,episode,return,length,normalized_score\n")
-
-    def submit(self, update, actor):
-        """Starts the evaluation of every seed's policy as it is now."""
-        jobs = []
-        for s in range(self.args.num_seeds if self.args.eval_episodes else 0):
-            env_seeds = [episode_seed(self.args.seed + s, update, e) for e in range(self.args.eval_episodes)]
-            job = pickle.dumps(policy_of_seed(actor, s)), self.environment, env_seeds
-            with stop_signals_blocked():  # a worker that starts here inherits that
-                jobs.append(self.pool.submit(run_atari_episodes, *job) if self.pool else Future())
-            if not self.pool:
-                jobs[-1].set_result(run_atari_episodes(*job))
-        if jobs:
-            self.pending[update] = {name: x.cpu().clone() for name, x in actor.state_dict().items()}, jobs
-
-    def collect(self, wait=False):
-        """Writes and prints the evaluations that are done (all, if `wait`)."""
-        for update, (_, jobs) in list(self.pending.items()):
-            if not (wait or all(job.done() for job in jobs)):
-                return
-            results = [(self.args.seed + s, e, *r) for s, job in enumerate(jobs) for e, r in enumerate(job.result())]
-            returns = np.array([episode_return for _, _, episode_return, _ in results])
-            scores = normalized_score(returns, self.environment["references"]) * np.ones(len(returns))
-            with self.csv_path.open("a", newline="") as file:
-                rows = [(update, *result, f"{score:.4f}") for result, score in zip(results, scores)]
-                csv.writer(file, lineterminator="\n").writerows(rows)
-            self.writer.add_scalar(f"{self.name}/return", returns.mean(), update)
-            self.writer.add_scalar(f"{self.name}/normalized_score", scores.mean(), update)
-            mean, score = returns.mean(), scores.mean()
-            print(f"{self.name} at {update:,}: return {mean:.1f}{score_text(score)}", flush=True)
-            del self.pending[update]
-
-    def resume(self, update, pending, actor):
-        """Back to the state of a checkpoint: forgets what came after it, starts again what was under way."""
-        header, *rows = self.csv_path.read_text().splitlines(keepends=True)
-        rows = [(int(row.split(",")[0]), row) for row in rows if row.endswith("\n")]  # a kill may tear the last one
-        kept = [row for n, row in rows if n <= update and n not in pending]
-        write_atomically(self.csv_path, lambda path: path.write_text(header + "".join(kept)))
-        for past_update, state in sorted(pending.items()):
-            past_actor = copy.deepcopy(actor)
-            past_actor.load_state_dict(state)
-            self.submit(past_update, past_actor)
-
-    def close(self):
-        if self.pool:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+def atari_summary(rows, num_seeds):
+    """Mean of the last ten evaluations, +- its standard deviation over seeds, and the best evaluation."""
+    if len(rows) == 0:
+        return "nothing was evaluated"
+    evaluations = np.unique(rows[:, 0])
+    last = rows[np.isin(rows[:, 0], evaluations[-10:])]
+    means = last.reshape(-1, num_seeds, len(ATARI_ROW)).mean(0)  # (S, 7)
+    _, _, _, returns, _, scores, shares = means.T
+    best = max(rows[rows[:, 0] == evaluation, 3].mean() for evaluation in evaluations)
+    text = f"return {returns.mean():.2f}, normalised score {scores.mean():.1f}"
+    if num_seeds > 1:
+        text += f" (+- {returns.std():.2f} and {scores.std():.1f} over seeds)"
+    return f"{text}, best return {best:.2f}, most frequent action {shares.mean():.2f}"
 
 
-def print_atari_result(args, run_dir, num_updates, rate):
-    """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
-    text = ""
-    if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
-        update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        last = np.unique(update)[-10:]
-        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
-        score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
-        hundred = "the agent that logged the data, else a human"
-        if not np.isnan(score).any():
-            text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: {hundred}), "
-        text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
-    print(f"{text}{num_updates:,} updates, {rate:.1f} updates/s per seed, run folder {run_dir}")
+def atari_report(rows, jobs, run_dir, writer):
+    """Rows of all evaluations, those of `jobs` being new: to screen, TensorBoard, evaluations.csv."""
+    if not jobs:
+        return rows
+    new_rows = np.concatenate([job.result() for job in jobs])
+    num_updates, _, _, *means = new_rows.mean(0)
+    text = f"update {num_updates:,.0f}:"
+    for name, mean in zip(ATARI_ROW[3:], means):
+        text += f" {name} {mean:.2f}"
+        writer.add_scalar(f"evaluation/{name}", mean, num_updates)
+    tqdm.write(text)
+    rows = np.concatenate([rows, new_rows])
+    np.savetxt(run_dir / "evaluations.csv", rows, "%.10g", ",", header=",".join(ATARI_ROW), comments="")
+    return rows
 
 
-def evaluate_atari_run(args, agent_class):
-    """--evaluate: fresh episodes of the policies in a run's checkpoint."""
-    run_dir = Path(args.evaluate)
-    environment = json.loads((run_dir / "config.json").read_text())["environment"]
-    if not environment["id"]:
-        fail(f"{run_dir} is a run without environment", "evaluate a run that has one")
-    num_actions = int(make_atari(environment, 1).single_action_space.n)
-    agent = agent_class(num_actions, args, torch.device("cpu"))
-    agent.load_state_dict(load_checkpoint(run_dir, "cpu")["agent"])
-    video_dir = run_dir / "videos" if args.capture_video else None
-    for s in range(args.num_seeds):
-        env_seeds = [episode_seed(args.seed + s, 2**31, e) for e in range(args.eval_episodes or 10)]
-        results = run_atari_episodes(policy_of_seed(agent.network, s), environment, env_seeds, video_dir)
-        returns, lengths = np.array(results).T
-        score = np.mean(normalized_score(returns, environment["references"]))
-        print(
-            f"seed {args.seed + s}: return {returns.mean():.1f} ± {returns.std():.1f} (standard deviation over "
-            f"{len(returns)} episodes of {lengths.mean():.0f} steps on average){score_text(score)}"
-        )
+def log(metrics, num_updates, writer):
+    """Metrics to TensorBoard. A loss that is not finite ends the run, before its agent is saved."""
+    for name, metric in metrics.items():
+        if not metric.isfinite().all():
+            sys.exit(f"error: {name} is not finite at update {num_updates}; see the last checkpoint")
+        writer.add_scalar(name, metric.mean().item(), num_updates)
 
 
-def open_run_dir(args, name, environment):
-    """The run folder, new or --resume's; config.json: all flags, versions, git commit, command line, environment."""
-    if args.resume:
-        run_dir = Path(args.resume)
-        config = json.loads((run_dir / "config.json").read_text()) | {"args": asdict(args)}
-    else:
-        seeds = f"{args.seed}" if args.num_seeds == 1 else f"{args.seed}-{args.seed + args.num_seeds - 1}"
-        run_dir = Path(args.run_dir or f"runs/{SCRIPT}/{name}/{seeds}-{time.strftime('%Y%m%d-%H%M%S')}")
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as e:
-            fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-        config = {
-            "script": SCRIPT,
-            "args": asdict(args),
-            "environment": environment,
-            "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
-            "git_commit": commit or None,
-            "command": shlex.join([sys.executable, *sys.argv]),
-        }
-    write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
-    return run_dir
+def run_folder(args):
+    """Where the run is, or will be."""
+    dataset = args.dataset[0].split("/")[-2:]
+    name = f"{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    new = Path("runs", Path(__file__).stem, *dataset, name)
+    return Path(args.evaluate or args.resume or args.run_dir or new)
 
 
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: a kill leaves the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def open_run_dir(run_dir, args):
+    """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    versions = {package.name: package.version for package in distributions()}
+    config = {"command": sys.argv, "args": asdict(args), "versions": versions}
+    del config["args"]["device"]  # a run may go on elsewhere
+    path = run_dir / "config.tmp"
+    path.write_text(json.dumps(config, indent=2))
+    os.replace(path, run_dir / "config.json")
 
 
-def load_checkpoint(run_dir, device):
-    """checkpoint.pt of a run folder, as it was saved."""
-    try:
-        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
-        if not checkpoint.keys() >= {"agent", "generators", "pending_evaluations"}:
-            raise KeyError("parts are missing")
-        return checkpoint
-    except Exception as e:  # torch.load raises many kinds of error on a damaged file
-        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start a new run")
+def save(path, agent, rows, num_updates):
+    """All that a run needs to go on: the old file or the new one, never half of it."""
+    optimizers = {name: x.state_dict()["state"] for name, x in agent.optimizers.items()}
+    checkpoint = {"agent": agent.state_dict(), "optimizers": optimizers}
+    checkpoint |= {"rows": torch.from_numpy(rows), "num_updates": num_updates}
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def on_stop_signal():
-    """A list that stays empty until Ctrl-C or SIGTERM asks the loop to stop; a second one stops at once."""
-    stop = []
-
-    def handler(signum, frame):
-        stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return stop
+def load(path, agent):
+    """Puts the agent back; returns rows and num_updates."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    agent.load_state_dict(checkpoint["agent"])
+    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+        state = {"state": checkpoint["optimizers"][name]}
+        optimizer.load_state_dict(optimizer.state_dict() | state)
+    return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 
-def cuda_graph(step, agent, *inputs):
-    """`step` captured as one CUDA graph: returns a function of inputs that are shaped like these.
+# Training -----------------------------------------------------------------------------------------
+class CudaGraph:
+    """A step that a GPU replays as one CUDA graph. Its first three calls, in which PyTorch sets
+    itself up, are ordinary ones; the fourth is recorded. On a CPU all calls are ordinary."""
 
-    Capturing needs a few real steps first; whatever they change in the agent is put back.
-    """
-    inputs = [x.clone() for x in inputs]  # the graph reads them where they stand
-    before = copy.deepcopy(agent.state_dict())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(*inputs)
-    agent.load_state_dict(before)  # in place
+    def __init__(self, step):
+        self.step = step
+        self.num_calls = 0
 
-    def replay(*new_inputs):
-        for old, new in zip(inputs, new_inputs):
-            old.copy_(new)
-        graph.replay()
-        return outputs
-
-    return replay
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-UPDATES_PER_BLOCK = 100  # random numbers are drawn for so many updates at a time
-UPDATES_PER_GRAPH = 10  # a GPU replays so many updates as one CUDA graph
-
-
-def draw_block(sampler, generators, batch_size, *noise_shapes):
-    """What the next UPDATES_PER_BLOCK = n updates read at random: transition indices (n, S, B), then standard normal
-    noise (n, S, *shape) for each of the shapes. Every seed draws from its own generator."""
-    n, device = UPDATES_PER_BLOCK, generators[0].device
-    u = [torch.rand(n, batch_size, generator=g, dtype=torch.float64, device=device) for g in generators]
-    noise = ([torch.randn(n, *shape, generator=g, device=device) for g in generators] for shape in noise_shapes)
-    return [sampler(torch.stack(u, 1)), *(torch.stack(x, 1) for x in noise)]
-
-
-def run_atari_updates(agent, args, frames, action, reward, not_terminal, *noise):
-    """One update per row of frames (m, S, B, 5, 84, 84), the rest (m, S, ...); returns the metrics of the last."""
-    for stack, a, r, mask, *row_noise in zip(frames, action, reward, not_terminal, *noise):
-        metrics = update(agent, (stack[:, :, :4], a, r, stack[:, :, 1:], mask), *row_noise, args)
-    return metrics
+    def __call__(self, *inputs):
+        self.num_calls += 1
+        if self.num_calls <= 3 or not inputs[0].is_cuda:
+            return self.step(*inputs)
+        if self.num_calls == 4:
+            self.inputs = [x.clone() for x in inputs]  # where the graph reads
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(inputs[0].device), torch.cuda.graph(self.graph):  # records, runs nothing
+                self.outputs = self.step(*self.inputs)
+        for x, new_x in zip(self.inputs, inputs):
+            x.copy_(new_x)
+        self.graph.replay()
+        return self.outputs
 
 
 def main():
-    args = parse_args()
-    check_range(args, 1, math.inf, "num_seeds", "num_updates", "batch_size", "channels", "hidden_size")
-    check_range(args, 1, math.inf, "num_heads", "target_every")
-    check_range(args, 0, 2**32 - 1, "seed")
-    check_range(args, 1, math.inf, "window_updates", "eval_every", "checkpoint_every", "log_every")
-    check_range(args, 0, math.inf, "memory_gb", "learning_rate", "optimizer_eps", "eval_episodes", "eval_workers")
-    check_range(args, 0, 1, "first_fraction", "subsample", "gamma")
-    if len(args.channels) != 3:
-        fail(f"--channels {args.channels} are not three", "give one number for each convolution")
-    if args.window_updates % UPDATES_PER_BLOCK:
-        fail(f"--window-updates {args.window_updates} is out of range", f"give a multiple of {UPDATES_PER_BLOCK}")
+    args = tyro.cli(Args)
+    if args.evaluate or args.resume:  # the run's flags, then those of this call
+        config = json.loads(Path(args.evaluate or args.resume, "config.json").read_text())
+        args = tyro.cli(Args, default=Args(**config["args"]))
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    files, returns = load_replay(args)
+    env_id, references = evaluation_environment(args)
+    num_actions = 1 + max(int(file.action.max()) for file in files)
+    if env_id:
+        envs = make_games(env_id, 1)
+        envs.close()
+        frames = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        fits = envs.single_observation_space == frames
+        if not fits or getattr(envs.single_action_space, "n", 0) < num_actions:
+            sys.exit(
+                f"error: {env_id} has {envs.single_observation_space} and {envs.single_action_space}, "
+                f"the log {frames} and {num_actions} actions; give another --env-id"
+            )
+        num_actions = int(envs.single_action_space.n)
+
+    # agents, as they start or as they were
+    agent = Agent(num_actions, args)
+    policy = GreedyPolicy(agent.network)  # what is evaluated
+    run_dir = run_folder(args)
+    rows = np.empty((0, len(ATARI_ROW)))
+    first = 0
+    if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
+        rows, first = load(run_dir / "checkpoint.pt", agent)
+    num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
+
+    def start_evaluation(num_updates):
+        frozen = pickle.dumps(copy.deepcopy(policy).cpu().eval())
+        job = frozen, env_id, references, seeds, num_updates
+        return [pool.submit(run_atari_episode, *job, episode) for episode in range(args.eval_episodes)]
+
     if args.evaluate:
-        return evaluate_atari_run(args, MultiHeadAgent)
-    device, S = choose_device(args.device), args.num_seeds
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    torch.backends.cudnn.benchmark = True  # the fastest convolutions for these shapes
+        jobs = start_evaluation(2**31)  # episodes that no run has seen
+        rows = np.reshape([job.result() for job in jobs], (-1, len(ATARI_ROW)))
+        print(f"policies of update {first:,}: {atari_summary(rows, args.num_seeds)}")
+        pool.shutdown()
+        return
 
-    # data: everything but the frames, then as many of these as there is memory for
-    files, environment = load_replay(args)
-    num_actions, replay = fit_to_game(files, environment, args), Replay(files, args, device)
+    replay = LoggedFrames(files, args, first)
+    open_run_dir(run_dir, args)
+    writer = SummaryWriter(run_dir, purge_step=first + 1)
+    writer.add_histogram("data/return_of_episodes", returns, 0)
+    num_valid = sum(np.count_nonzero(file.valid) for file in files)
+    print(f"{num_valid:,} transitions of {len(returns):,} episodes in {len(files)} files")
+    print(f"mean return {returns.mean():.2f}, rewards clipped; evaluated in {env_id}")
+    print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
-    # agents, in a run folder that is new or goes on from its checkpoint
-    agent = MultiHeadAgent(num_actions, args, device)
-    generators = [torch.Generator().manual_seed(args.seed + s) for s in range(S)]
-    checkpoint = load_checkpoint(args.resume, device) if args.resume else {"num_updates": 0}
-    num_updates = first_update = checkpoint["num_updates"]
-    if num_updates > args.num_updates:
-        fail(f"{args.resume} has {num_updates} updates already", "give a larger --num-updates, or leave it out")
+    @CudaGraph
+    def learn(action, reward, not_terminated, *frames):  # one update for each of frames
+        batches = zip(frames, action, reward, not_terminated)
+        for near, a, r, mask in batches:
+            obs = near[:, :, :4]
+            next_obs = near[:, :, 1:]
+            metrics = update(agent, obs, a, r, next_obs, mask, args)
+        return metrics  # of the last update
 
-    def fetch():
-        """The frames for the block of updates that is next; those for later ones are loaded in the background."""
-        window = num_updates // args.window_updates
-        replay.use(window, prefetch=(window + 1) * args.window_updates < args.num_updates)
-
-    fetch()
-    name = "+".join(args.dataset).replace("/", "-").replace(":", "-").strip("-.")
-    stop = on_stop_signal()  # from here on, a stop saves first
-    run_dir = open_run_dir(args, name, environment)
-    writer = SummaryWriter(run_dir, purge_step=num_updates + 1)
-    evaluator = AtariEvaluator(args, environment, run_dir, writer)
-    report_replay(files, replay, args, writer)
-    if args.resume:
-        agent.load_state_dict(checkpoint["agent"])
-        for generator, state in zip(generators, checkpoint["generators"]):
-            generator.set_state(state.cpu())
-        evaluator.resume(num_updates, checkpoint["pending_evaluations"], agent.network)
-
-    generator_states = [generator.get_state() for generator in generators]
-
-    def save():
-        """Everything that an exact continuation needs; generator_states are those before the current block."""
-        state = {
-            "num_updates": num_updates,
-            "agent": agent.state_dict(),
-            "generators": generator_states,
-            "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},
-        }
-        write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-
-    if not args.resume:
-        save()
-    keep_freed_memory()
-    learn, graph = partial(run_atari_updates, agent, args), None
-    started, printed, block_start, stopped, rate = time.time(), time.time(), -1, False, 0
-    while num_updates < args.num_updates and not stopped:
-        # draw, a block of updates at a time; a resumed run draws the block it is in again
-        if block_start != num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK:
-            block_start = num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK
-            fetch()
-            generator_states = [generator.get_state() for generator in generators]
-            (index,) = draw_block(replay, generators, args.batch_size)
-            if device.type == "cuda" and not graph:
-                graph = cuda_graph(learn, agent, *replay.batches(index[:UPDATES_PER_GRAPH]))
-
-        # learn, until the block ends or something else is due
-        every = args.target_every, args.eval_every, args.checkpoint_every, args.log_every
-        due = [n - num_updates % n for n in every]
-        end = num_updates + min(*due, block_start + UPDATES_PER_BLOCK - num_updates, args.num_updates - num_updates)
-        while num_updates < end:
-            n = min(UPDATES_PER_GRAPH, end - num_updates)
-            inputs = replay.batches(index[num_updates - block_start :][:n])
-            metrics = graph(*inputs) if graph and n == UPDATES_PER_GRAPH else learn(*inputs)
-            num_updates += n
-            if stop:
-                break
+    jobs = []
+    if first:
+        jobs = start_evaluation(first)  # the one that was under way
+    started = time.time()
+    for step in tqdm(range(first, args.num_updates, CHUNK), mininterval=1, unit_scale=CHUNK):
+        batches = replay.draw(seeds, step, args.batch_size)
+        metrics = learn(*batches)
+        num_updates = step + CHUNK
         if num_updates % args.target_every == 0:
             synchronize(agent)
-        done, stopped = num_updates == args.num_updates, bool(stop)
+        if num_updates % replay.every == 0 and num_updates < args.num_updates:
+            replay.change()
 
-        # evaluate, log, save
-        if num_updates % args.eval_every == 0 or done:
-            evaluator.submit(num_updates, agent.network)
-        evaluator.collect(wait=done)
-        if num_updates % args.log_every == 0:
-            for tag, value in metrics.items():
-                writer.add_scalar(tag, value.mean().item(), num_updates)
-        rate = (num_updates - first_update) / (time.time() - started)
-        if time.time() - printed > 5 or done:
-            printed = time.time()
-            left = timedelta(seconds=int((args.num_updates - num_updates) / rate))
-            print(f"update {num_updates:,}/{args.num_updates:,}, {rate:.0f} updates/s, {left} left", flush=True)
-        if num_updates % args.checkpoint_every == 0 or done or stopped:
-            if num_updates % UPDATES_PER_BLOCK == 0:  # the next block is still to be drawn
-                generator_states = [generator.get_state() for generator in generators]
-            save()
+        # report the evaluation before this one, which had time beside training; save; start it
+        evaluation_due = num_updates % args.eval_every == 0 or num_updates == args.num_updates
+        if evaluation_due or num_updates % args.log_every == 0:
+            log(metrics, num_updates, writer)
+        if evaluation_due:
+            rows = atari_report(rows, jobs, run_dir, writer)
+            save(run_dir / "checkpoint.pt", agent, rows, num_updates)
+            jobs = start_evaluation(num_updates)
 
-    evaluator.close()
-    replay.close()
+    speed = (args.num_updates - first) / (time.time() - started)
+    rows = atari_report(rows, jobs, run_dir, writer)
     writer.close()
-    if num_updates < args.num_updates:
-        print(f"stopped at update {num_updates:,}; continue with: python {sys.argv[0]} --resume {run_dir}")
-        raise SystemExit(128 + stop[0])
-    print_atari_result(args, run_dir, num_updates, rate)
+    pool.shutdown()
+    result = atari_summary(rows, args.num_seeds)
+    print(f"{result}; {args.num_updates:,} updates, {speed:.0f}/s per seed; run folder {run_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:  # also Ctrl-C; without this, it would wait for the evaluations that are queued
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise

@@ -68,7 +68,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -117,7 +116,10 @@ class Args:
     def __post_init__(self):
         # as tuples, of which JSON makes lists; files by full path, so that a run goes on from anywhere
         self.channels = tuple(self.channels)
-        self.dataset = tuple(os.path.abspath(x) if os.path.exists(x.partition(":")[0]) else x for x in self.dataset)
+        self.dataset = tuple(
+            os.path.abspath(name) if os.path.exists(NAME.fullmatch(name)[1]) else name
+            for name in self.dataset
+        )
         if not (0 <= self.gamma <= 1 and 0 < self.first_fraction <= 1):
             sys.exit("error: gamma and first_fraction are shares; give numbers in [0, 1] and (0, 1]")
         periods = self.num_updates, self.files_every, self.target_every, self.eval_every, self.log_every
@@ -377,7 +379,7 @@ def load_replay(args):
         valid[math.ceil(args.first_fraction * len(valid)) :] = False
         episode = np.cumsum(terminal) - terminal  # of every row
         episodes = np.random.default_rng(0).permutation(np.unique(episode[valid]))
-        fraction = float(fraction or 1)
+        fraction = float(share or 1)
         if not (0 < fraction <= 1 and len(episodes)):
             sys.exit(f"error: nothing of {name} is left to learn from; give larger shares, in (0, 1]")
         kept = episodes[: max(1, round(fraction * len(episodes)))]
@@ -393,7 +395,7 @@ def load_replay(args):
 def evaluation_environment(args):
     """Environment of the evaluations, and the returns that score 0 and 100, of random play and of the agent
     that logged at its best. The first log may name all three, in replay.json beside its files' folder."""
-    path = find_replay(args.dataset[0].partition(":")[0]).with_name("replay.json")
+    path = find_replay(NAME.fullmatch(args.dataset[0])[1]).with_name("replay.json")
     log = {}
     if path.exists():
         log = json.loads(path.read_text())

@@ -1,204 +1,183 @@
-"""REM online, with separate networks: Q-learning on random mixtures of several networks; and Bootstrapped DQN.
+"""Online REM: Q-learning on random mixtures of four networks; as a baseline, Bootstrapped DQN.
 
-Papers: R. Agarwal, D. Schuurmans and M. Norouzi, "An Optimistic Perspective on Offline Reinforcement Learning", 2020,
-arXiv:1907.04543 (REM, online and offline). I. Osband, C. Blundell, A. Pritzel and B. Van Roy, "Deep Exploration via
-Bootstrapped DQN", 2016, arXiv:1602.04621 (the baseline, `--agent bootstrapped`).
+Papers: R. Agarwal, D. Schuurmans, M. Norouzi, "An Optimistic Perspective on Offline Reinforcement
+Learning", 2020, arXiv:1907.04543 (REM, offline and online); V. Mnih et al., "Playing Atari with Deep
+Reinforcement Learning", 2013, arXiv:1312.5602 (DQN; its numbers), and its Nature article of 2015;
+I. Osband, C. Blundell, A. Pritzel, B. Van Roy, "Deep Exploration via Bootstrapped DQN", 2016,
+arXiv:1602.04621 (the baseline).
 
-Idea. Four separate networks each map the last four frames of the screen to the value of every action. Every minibatch
-draws a random convex combination of them, and the mixed values, the same in the online and the target networks, are
-made consistent. An episode is played with a random combination of its own, so that the agent explores with different
-opinions from episode to episode, and evaluations use the mean of the networks. In the baseline each network is trained
-by itself, on the same minibatch, and a random one plays each episode.
+Idea. A replay memory holds one agent's play, as a log does; so what helps offline may help online. Four
+separate networks value the actions. Every minibatch draws a random convex combination of them and takes
+DQN's step on the mixed values. Every episode is played by a combination of its own, so that the agent
+tries different opinions. In the baseline each network learns by itself from the same minibatch, and a
+random one of them plays the episode.
 
-Objectives (S seeds, E environments per seed, B batch, A actions, K networks, J mixtures; the numbers are this file's):
-    mixture       alpha_k = u_k / sum_j u_j,  u uniform on [0, 1];  Q = sum_k alpha_k Q_k; bootstrapped: Q = Q_k  (1)
-    backup        y = r + gamma (1 - terminal) max over a' of Q_target(s', a'), with the same alpha               (2)
-    loss          L = mean of huber(Q(s, a) - y); huber(u) = u^2 / 2 if |u| <= 1, else |u| - 1/2                  (3)
-    targets       Q_target <- Q after every `target_every` updates
+Objectives. Shapes: S seeds, C networks per seed, B batch, A actions, K values per action (one of each
+network, so that K = C), J losses a minibatch, M rows of replay memory.
+    mixture   alpha_k = u_k / sum_j u_j, u uniform on [0, 1], J = 1; baseline: J = K, each network alone
+    loss      mean huber(Q(s, a) - y) over B and J,  Q = sum_k alpha_k Q_k,                         DQN (2)
+              y = r + gamma (1 - terminal) max over a' of Q_target(s', a'), with the same alpha
+    gradient  that of Q alone, y being a constant; huber(u) = u^2 / 2 if |u| <= 1, else |u| - 1/2   DQN (3)
+    targets   Q_target <- Q after every --target-every updates
 
 What differs from the papers and their code, and why.
-    - Normalised uniform numbers, as in the paper and its code: not uniform over all mixtures, but closer to the mean.
-    - "One optimiser per network on the joint loss" is one Adam here: its steps are elementwise, so nothing changes.
-    - Bootstrapped DQN as in Agarwal et al.: separate networks and no masks on the data, where Osband et al. share the
-      convolutions. Its loss is the mean over the networks, as that of Agarwal et al.'s Ensemble-DQN is over heads.
-    - The first weights are those of plain DQN, one network at a time (Glorot).
-    - Environment, replay memory, files and schedules are those of dqn_atari.py, which says what is different in them:
-      `diff` the two.
+    - Normalised uniform numbers, as in both: not uniform over all mixtures, but closer to the mean.
+    - One Adam for all networks: its steps are elementwise, so nothing changes. The place of its epsilon,
+      padding and first weights, one network at a time, are those of the code's TensorFlow.
+    - The baseline has separate networks and no masks on the data, as in Agarwal et al.; Osband et al. share
+      the convolutions. An evaluation is greedy by the mean of the networks, in both agents.
+    - Environment, replay memory, log, clock and random actions are those of dqn_atari.py, whose docstring
+      says what differs there. A diff of the two shows the method.
 
-Reading:   the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
-Run:       python algorithms/rem_online_atari.py --env-id ALE/Pong-v5 --num-steps 2000000
-Baseline:  python algorithms/rem_online_atari.py --env-id ALE/Pong-v5 --num-steps 2000000 --agent bootstrapped
-Expected:  no score was measured yet: a game takes millions of steps, and so a GPU.
+Run:        python algorithms/rem_online_atari.py --env-id ALE/Pong-v5
+Baseline:   --bootstrapped
+Catch:      PYTHONPATH=tests python algorithms/rem_online_atari.py --env-id catch:Catch-v0 --num-steps 6000
+            --learning-starts 1000 --epsilon-steps 3000 --epsilon 0 --replay-size 8000 --channels 8 16 16
+            --hidden-size 64 --padding valid --learning-rate 1e-3 --adam-eps 1e-6 --target-every 50
+            --update-every 2 --eval-every 1000 --log-every 1000
+Expected:   by this command a return of 1.0, the best there is, from step 3,000 on (one seed)
 """
 
-import contextlib
 import copy
-import csv
-import ctypes
 import gzip
-import io
 import json
 import math
 import multiprocessing
 import os
 import pickle
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from functools import partial
 from importlib.metadata import distributions
-from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Literal
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+torch.backends.cudnn.benchmark = True  # the fastest convolutions for these shapes
+
+# Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
+# Purposes are never 0, because numpy ignores zeros at the end
+DRAWS = 1
+EVALUATION = 2
+EXPLORATION = 3
+BLACK_ROW = np.zeros((84, 84), np.uint8), 0, 0.0, False
 
 
 @dataclass
 class Args:
-    agent: Literal["rem", "bootstrapped"] = "rem"
-    """rem: random mixtures of the networks; bootstrapped: Bootstrapped DQN, each network by itself"""
-    num_networks: int = 4
-    """separate networks of each agent (K)"""
-    env_id: str = "ALE/Pong-v5"
-    """an Atari game of ale_py, by its id in Gymnasium; the smallest set of actions the game understands"""
-    seed: int = 0
-    """first seed; agent k uses seed + k"""
-    num_seeds: int = 1
-    """agents trained side by side in one batched computation (the axis S)"""
-    num_envs: int = 1
-    """environments per seed, stepped side by side (the axis E); every step of one counts"""
-    num_steps: int = 50_000_000
-    """agent steps per seed, of 4 frames each"""
-    learning_starts: int = 20_000
-    """agent steps per seed with uniformly random actions, before the first update"""
-    update_every: int = 4
-    """agent steps per update"""
-    batch_size: int = 32
-    """transitions per update and seed (the axis B)"""
-    replay_size: int = 1_000_000
-    """agent steps per seed that the replay memory holds, 7 KB each"""
-    gamma: float = 0.99
-    """discount factor"""
-    target_every: int = 2_000
-    """updates between copies of the network to its target (8,000 agent steps)"""
-    epsilon: float = 0.01
-    """share of random actions in the end; evaluations use 0.001"""
-    epsilon_steps: int = 250_000
-    """agent steps after learning_starts in which that share falls from 1 to epsilon"""
-    channels: tuple[int, ...] = (32, 64, 64)
-    """channels of the three convolutions"""
-    hidden_size: int = 512
-    """width of the hidden layer behind them"""
-    padding: Literal["same", "valid"] = "same"
-    """of the convolutions: same is Dopamine's (7,744 features), valid the Nature article's (3,136)"""
-    learning_rate: float = 5e-5
-    """Adam step size"""
-    optimizer_eps: float = 0.001 / 32
-    """Adam's epsilon"""
-    optimizer_style: Literal["tensorflow", "torch"] = "tensorflow"
-    """where Adam has its epsilon: as in the paper's TensorFlow, or as in torch"""
-    save_replay: str | None = None
-    """when done, write the log of the first seed to this folder, as files of the DQN Replay Dataset"""
-    replay_transitions: int | None = None
-    """thin the log by whole, evenly spaced episodes to about this many transitions"""
-    rows_per_file: int = 1_000_000
-    """rows of a file of the log at most; a smaller log makes a smaller file"""
-    eval_every: int = 250_000
-    """agent steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes per evaluation and seed, of unclipped rewards; 0: never evaluate"""
-    eval_workers: int | None = None
-    """processes that evaluate beside training (0: inline; default: one per seed, as far as there are cores)"""
-    checkpoint_every: int = 1_000_000
-    """agent steps between checkpoints; a stop by Ctrl-C or SIGTERM writes one too"""
-    log_every: int = 10_000
-    """agent steps between entries in TensorBoard"""
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    allow_tf32: bool = False
-    """let a GPU multiply matrices in TF32: faster, 10 bits of mantissa"""
-    run_dir: str | None = None
-    """where the results go; default runs/rem_online_atari/<environment>/<seeds>-<time>"""
-    resume: str | None = None
-    """continue the run in this folder, exactly where its last checkpoint stands"""
-    evaluate: str | None = None
-    """evaluate the policies of the run in this folder, train nothing"""
-    capture_video: bool = False
-    """with --evaluate: record each seed's first episode, as the agent sees it, to RUN_DIR/videos"""
+    num_networks: int = 4  # separate networks per seed
+    bootstrapped: bool = False  # the baseline: each network learns by itself, one plays an episode
+    env_id: str = "ALE/Pong-v5"  # an Atari game, or `module:Env-v0` whose observations are (84, 84) uint8
+    seed: int = 0  # first seed; agent s uses seed + s
+    num_seeds: int = 1  # agents trained side by side in one batched computation, each in a game of its own
+    num_steps: int = 50_000_000  # agent steps of each seed, of 4 frames each
+    learning_starts: int = 20_000  # steps with random actions, before the first update
+    update_every: int = 4  # steps per update
+    batch_size: int = 32  # transitions per update and seed
+    replay_size: int = 1_000_000  # rows of replay memory of each seed, 7 KB each; also of a file of the log
+    epsilon: float = 0.01  # share of random actions in the end
+    epsilon_steps: int = 250_000  # steps after learning_starts in which that share falls from 1 to epsilon
+    channels: tuple[int, int, int] = (32, 64, 64)  # of the three convolutions
+    hidden_size: int = 512  # width of the layer behind them
+    padding: Literal["same", "valid"] = "same"  # same: the logging code's; valid: the Nature article's
+    learning_rate: float = 5e-5  # Adam's step size
+    adam_eps: float = 3.125e-5  # Adam's epsilon
+    gamma: float = 0.99  # discount factor
+    target_every: int = 2_000  # updates between copies of the network to its target
+    save_replay: str | None = None  # write the first seed's log to this folder
+    eval_every: int = 250_000  # steps between evaluations, each of which comes with a checkpoint
+    eval_episodes: int = 10  # episodes per evaluation and seed, one action in a thousand at random; 0: never
+    log_every: int = 10_000  # steps between entries in TensorBoard
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where training runs
+    run_dir: str | None = None  # where the results go; default: runs/SCRIPT/ENVIRONMENT/SEED-TIME-PROCESS
+    resume: str | None = None  # continue the run in this folder from its last checkpoint, with a new episode
+    evaluate: str | None = None  # evaluate the policies of the run in this folder, train nothing
+
+    def __post_init__(self):
+        self.channels = tuple(self.channels)  # of which JSON makes a list
+        if not (0 <= self.gamma <= 1 and 0 <= self.epsilon <= 1):
+            sys.exit("error: gamma and epsilon are shares; give numbers in [0, 1]")
 
 
-# flags that may differ when a run goes on or is evaluated: they do not change what an update computes
-RESUME_MAY_CHANGE = {"resume", "evaluate", "run_dir", "device", "num_steps", "eval_episodes", "eval_workers"}
-RESUME_MAY_CHANGE |= {"checkpoint_every", "log_every", "capture_video"}
-RESUME_MAY_CHANGE |= {"save_replay", "replay_transitions", "rows_per_file"}
+# Random numbers -----------------------------------------------------------------------------------
+def random_generators(seeds, purpose, step):
+    """One a seed, whose numbers do not depend on its neighbours."""
+    return [np.random.default_rng((seed, purpose, step)) for seed in seeds]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The idea: values that are consistent in every mixture of the networks
-# ---------------------------------------------------------------------------------------------------------------------
+# The idea: values that are consistent in every mixture of the networks ----------------------------
+def random_mixtures(generators, args):
+    """Weights (S, 1, K, J) of the networks: a random convex combination alpha (J = 1), or for the baseline
+    each network alone, in random order (J = K)."""
+    u = [1 - generator.random((1, args.num_networks)) for generator in generators]
+    u = torch.from_numpy(np.float32(u))  # 0 < u <= 1
+    mixtures = (u / u.sum(2, keepdim=True))[..., None]
+    if args.bootstrapped:
+        mixtures = torch.eye(args.num_networks)[u.argsort()]
+    return mixtures.to(args.device)
 
 
-def mixtures_to_learn(u, args):
-    """Columns (S, K, J) of weights, (1): one mixture alpha for REM (J = 1), or each network by itself (J = K).
+# The idea of DQN: random minibatches of what was seen, and a loss that no single error dominates --
+class FrameMemory(nn.Module):
+    """The newest M rows of play of every seed, circular: a frame, and the action, reward and end that came of
+    it. The frame after it is in the next row. Three black rows come before every episode, as the past of its
+    first stacks."""
 
-    u: uniform on [0, 1), (S, K), anew for every minibatch.
-    """
-    if args.agent == "rem":
-        u = 1 - u  # above 0, so that there is a sum to divide by
-        return (u / u.sum(-1, keepdim=True))[..., None]
-    return torch.eye(args.num_networks, device=u.device).expand(len(u), -1, -1)
+    def __init__(self, num_seeds, size, device):
+        super().__init__()
+        self.size = size
+        frame = torch.zeros(num_seeds, size, 84, 84, dtype=torch.uint8, device=device)
+        self.register_buffer("frame", frame)
+        for name, dtype in (("action", torch.int64), ("reward", torch.float32), ("terminal", torch.bool)):
+            self.register_buffer(name, torch.zeros(num_seeds, size, dtype=dtype))
+        self.register_buffer("add_count", torch.zeros(num_seeds, dtype=torch.int64))  # rows ever added
+        self.register_buffer("random_play", torch.zeros(2))  # the first seed's random episodes, their returns
 
+    def add(self, s, *values):
+        """One row of seed s: frame (84, 84), action, reward, terminal."""
+        row = self.add_count[s] % self.size
+        columns = self.frame, self.action, self.reward, self.terminal
+        for column, value in zip(columns, values):
+            column[s, row] = torch.as_tensor(value)
+        self.add_count[s] += 1
 
-def mixture_to_act(u, args):
-    """Weights (..., K) for an episode of exploration: a mixture of the networks for REM, or one of them.
+    def draw_rows(self, s, generator, batch_size):
+        """Rows t (B,) of seed s to learn from, counted since the start: frames t - 3 to t + 1 are there, and
+        no end is in rows t - 3 to t - 1. That leaves out stacks of two episodes and the rows between them."""
+        newest = self.add_count[s].item()
+        oldest = max(0, newest - self.size)
+        terminal = self.terminal[s].numpy()
+        valid = np.empty(0, int)
+        while len(valid) < batch_size:
+            rows = generator.integers(oldest + 3, newest - 1, batch_size)
+            past = rows[:, None] - [1, 2, 3]
+            crosses = terminal[past % self.size].any(1)
+            valid = np.append(valid, rows[~crosses])
+        return valid[:batch_size]
 
-    u: uniform on [0, 1), (..., K).
-    """
-    if args.agent == "rem":
-        u = 1 - u
-        return u / u.sum(-1, keepdim=True)
-    return F.one_hot(u.argmax(-1), args.num_networks).float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The idea of DQN: random minibatches of a replay memory, and a loss that no single error dominates
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def new_memory(S, M, E, device):
-    """An empty replay memory: M steps of E environments for each of S agents, one frame a step."""
-    frame = torch.zeros(S, M, E, 84, 84, dtype=torch.uint8, device=device)
-    kinds = {"action": torch.int64, "reward": torch.float32, "terminal": torch.float32, "age": torch.int64}
-    return {"frame": frame} | {name: torch.zeros(S, M, E, dtype=dtype, device=device) for name, dtype in kinds.items()}
-
-
-def valid_steps(t, M):
-    """Range of steps, after t of them, whose next frame is stored and whose stack of 4 is not overwritten yet."""
-    return (0 if t <= M else t - M + 3), t - 1
-
-
-def transitions(memory, step, e):
-    """The batch for `update`: transitions of environments e (S, B) at these steps (S, B), counted from the first."""
-    M = memory["frame"].shape[1]
-    s = torch.arange(len(step), device=step.device)[:, None]
-    action, reward, terminal, age = (memory[name][s, step % M, e] for name in ("action", "reward", "terminal", "age"))
-    ago = torch.arange(3, -2, -1, device=step.device)  # the four frames of a state, oldest first, and the next one
-    frames = memory["frame"][s[..., None], (step[..., None] - ago) % M, e[..., None]]  # (S, B, 5, 84, 84)
-    frames *= (ago <= age[..., None])[..., None, None]  # zeros where the episode had not begun yet
-    return frames[:, :, :4], action, reward, frames[:, :, 1:], 1 - terminal
+    def draw(self, generators, batch_size):
+        """Frames t - 3 to t + 1 (S, B, 5, 84, 84), action, reward and not_terminated (S, B)."""
+        rows = [self.draw_rows(s, generator, batch_size) for s, generator in enumerate(generators)]
+        rows = torch.from_numpy(np.stack(rows))  # (S, B)
+        near = rows[..., None] + torch.arange(-3, 2)
+        s = torch.arange(len(rows))[:, None]
+        frames = self.frame[s[..., None], near % self.size]
+        rows %= self.size
+        not_terminated = 1 - self.terminal[s, rows].float()
+        columns = frames, self.action[s, rows], self.reward[s, rows], not_terminated
+        return [column.to(frames.device) for column in columns]
 
 
 def huber(u):
@@ -208,827 +187,502 @@ def huber(u):
 
 
 def share_of_random_actions(step, args):
-    """Epsilon after so many steps: 1 until learning starts, then a line down to its last value."""
+    """Epsilon at a step: 1 until learning starts, then a line down to its last value."""
     progress = (step - args.learning_starts) / args.epsilon_steps
     return 1 - (1 - args.epsilon) * min(1, max(0, progress))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks. Every tensor starts with the seed axis S, so that all agents share each convolution and matrix product.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def glorot_uniform(weight, fan_in, fan_out, generator):
-    """Uniform weights of variance 2 / (in + out): TensorFlow's default, for networks with one value per action."""
+    """Uniform weights of variance 2 / (in + out): TensorFlow's default, and so the logging code's."""
     bound = math.sqrt(6 / (fan_in + fan_out))
     weight.uniform_(-bound, bound, generator=generator)
 
 
 class NatureNetwork(nn.Module):
-    """`lead` independent networks of the Nature article, side by side, with num_heads values for each action.
+    """S * C independent networks of the Nature article side by side; those of a seed see the same frames.
+    Three convolutions, each one for all networks; a hidden layer; num_heads values an action."""
 
-    Four frames go through three convolutions with ReLUs, all networks' in one grouped convolution, then through a
-    hidden layer to the values. lead: (S,) or (S, networks per seed); those of one seed see the same frames.
-    init(weight, fan_in, fan_out, generator) fills one layer of one network in place, biases are zero;
-    generators: one torch.Generator per seed, so that the weights of a seed do not depend on its neighbours.
-    """
+    KERNELS = 8, 4, 3
+    STRIDES = 4, 2, 1
 
-    KERNELS, STRIDES = (8, 4, 3), (4, 2, 1)
-
-    def __init__(self, lead, num_actions, num_heads, init, generators, args):
+    def __init__(self, num_actions, num_heads, init, generators, args, C=1):
         super().__init__()
-        self.num_heads, self.pads, self.layers = num_heads, [], []
-        layers, size = [], 84  # (shape, fan-in, fan-out) of every weight; size of what the next convolution sees
-        for (fan_in, fan_out), kernel, stride in zip(pairwise((4, *args.channels)), self.KERNELS, self.STRIDES):
-            layers.append(((fan_out, fan_in, kernel, kernel), fan_in * kernel**2, fan_out * kernel**2))
-            missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) if args.padding == "same" else 0
+        self.C = C
+        self.num_heads = num_heads
+        self.pads = []  # pixels before and behind the input of each convolution
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+
+        def add_layer(shape, fan_in, fan_out, num_outputs):
+            weight = torch.empty(len(generators) * C, *shape)
+            for i in range(len(weight)):
+                init(weight[i], fan_in, fan_out, generators[i // C])
+            self.weights.append(weight)
+            self.biases.append(torch.zeros(len(weight), 1, num_outputs))
+
+        num_inputs = 4
+        size = 84
+        for num_outputs, kernel, stride in zip(args.channels, self.KERNELS, self.STRIDES):
+            missing = 0
+            if args.padding == "same":
+                missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
             self.pads.append((missing // 2, missing - missing // 2))  # TensorFlow's: the odd one behind
             size = (size + missing - kernel) // stride + 1
-        for fans in pairwise((args.channels[-1] * size**2, args.hidden_size, num_actions * num_heads)):
-            layers.append((fans, *fans))
-        for i, (shape, *fans) in enumerate(layers):
-            weight = torch.zeros(*lead, *shape)
-            bias = torch.zeros(*lead, fans[1] // math.prod(shape[2:]))
-            for s, generator in enumerate(generators):
-                for w in weight[s].view(-1, *shape):
-                    init(w, *fans, generator)
-            self.layers.append((nn.Parameter(weight), nn.Parameter(bias)))
-            self.register_parameter(f"weight{i}", self.layers[i][0])
-            self.register_parameter(f"bias{i}", self.layers[i][1])
+            shape = num_outputs, num_inputs, kernel, kernel
+            add_layer(shape, num_inputs * kernel**2, num_outputs * kernel**2, num_outputs)
+            num_inputs = num_outputs
+        num_inputs *= size**2
+        for num_outputs in (args.hidden_size, num_actions * num_heads):
+            add_layer((num_inputs, num_outputs), num_inputs, num_outputs, num_outputs)
+            num_inputs = num_outputs
 
     def forward(self, frames):
-        """frames (S, B, 4, 84, 84) uint8 -> (*lead, B, A, K)."""
+        """frames (S, B, 4, 84, 84) uint8 -> (S, B, A, K), the values of a seed's networks side by side."""
         x = frames.transpose(0, 1).flatten(1, 2)  # (B, S * 4, 84, 84)
         x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
-        for (weight, bias), stride, (before, behind) in zip(self.layers, self.STRIDES, self.pads):
-            if before != behind:
-                x, before = F.pad(x, (before, behind, before, behind)), 0
-            groups = x.shape[1] // weight.shape[-3]  # S in the first convolution, then as many as there are networks
-            x = F.conv2d(x, weight.flatten(0, -4), bias.flatten(), stride, before, groups=groups).relu_()
-        lead = self.weight0.shape[:-4]
-        x = x.permute(2, 3, 0, 1).unflatten(3, (math.prod(lead), -1))  # (height, width, B, lead, C)
-        x = x.permute(3, 2, 0, 1, 4).flatten(2)  # (lead, B, height * width * C)
-        for i, (weight, bias) in enumerate(self.layers[len(self.pads) :]):
-            x = torch.baddbmm(bias.flatten(0, -2)[:, None], x, weight.flatten(0, -3))
-            x = x.relu_() if i == 0 else x
-        return x.unflatten(-1, (-1, self.num_heads)).unflatten(0, lead)
+        *convolutions, hidden, last = zip(self.weights, self.biases)
+        for (weight, bias), stride, (pad, behind) in zip(convolutions, self.STRIDES, self.pads):
+            if pad != behind:
+                x = nn.functional.pad(x, (pad, behind, pad, behind))
+                pad = 0
+            groups = x.shape[1] // weight.shape[2]  # S in the first convolution, then S * C
+            weight = weight.flatten(0, 1)
+            x = nn.functional.conv2d(x, weight, bias.flatten(), stride, pad, groups=groups)
+            x = x.relu_()
+        x = x.unflatten(1, (len(self.weights[0]), -1))  # (B, S * C, channels, height, width)
+        x = x.permute(1, 0, 3, 4, 2).flatten(2)
+        weight, bias = hidden
+        x = torch.baddbmm(bias, x, weight).relu_()
+        weight, bias = last
+        x = torch.baddbmm(bias, x, weight)
+        x = x.unflatten(-1, (-1, self.num_heads)).unflatten(0, (-1, self.C))  # (S, C, B, A, heads)
+        return x.permute(0, 2, 3, 1, 4).flatten(3)
 
-    def act(self, frames):
-        """The greedy actions (S, B) of one network per seed, by the mean of its heads."""
-        return self(frames).mean(-1).argmax(-1)
 
+class GreedyPolicy(nn.Module):
+    """Frames (S, B, 4, 84, 84) -> best actions (S, B) by the mean of a network's values."""
 
-class AdamWithEps(nn.Module):
-    """Adam (Kingma and Ba, 2015) for the large epsilons of Atari agents, with all of its state in fixed buffers.
-
-    p <- p - learning_rate m_hat / (sqrt(v_hat) + eps), with m_hat = m / (1 - 0.9^t), v_hat = v / (1 - 0.999^t): torch;
-    TensorFlow adds eps to sqrt(v), before v is corrected: its first steps are smaller.
-    """
-
-    def __init__(self, parameters, learning_rate, eps, style):
+    def __init__(self, network):
         super().__init__()
-        self.params, self.learning_rate, self.eps, self.style = list(parameters), learning_rate, eps, style
-        device = self.params[0].device
-        self.register_buffer("num_steps", torch.zeros((), device=device))
-        for i, parameter in enumerate(self.params):
-            self.register_buffer(f"mean{i}", torch.zeros_like(parameter))
-            self.register_buffer(f"square{i}", torch.zeros_like(parameter))
-
-    def minimize(self, loss):
-        """One step on this optimiser's own parameters; no other parameter gets a gradient."""
-        grads = torch.autograd.grad(loss, self.params)
-        grads = [grad.contiguous() for grad in grads]  # convolutions' are not, and the kernel goes by memory
-        num_steps, *moments = self.buffers()
-        with torch.no_grad():
-            num_steps.add_(1)
-            learning_rate, t = torch.full_like(num_steps, self.learning_rate), num_steps
-            if self.style == "tensorflow":  # the step size has the corrections; after infinite steps none are left
-                learning_rate.mul_((1 - 0.999 ** t.double()).sqrt() / (1 - 0.9 ** t.double()))
-                t = torch.full_like(num_steps, math.inf)
-            torch._fused_adam_(
-                self.params, grads, moments[::2], moments[1::2], [], [t] * len(grads), lr=learning_rate,
-                beta1=0.9, beta2=0.999, eps=self.eps, weight_decay=0.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
-
-
-class NatureNetworks(NatureNetwork):
-    """K separate networks (S, K) for each seed, with their values where one network has those of its heads."""
+        self.network = network
 
     def forward(self, frames):
-        """frames (S, B, 4, 84, 84) uint8 -> (S, B, A, K)."""
-        return super().forward(frames).squeeze(-1).movedim(1, -1)
+        return self.network(frames).mean(-1).argmax(-1)
 
 
-class MultiNetworkAgent(nn.Module):
-    """K networks and their optimiser for each of S independent agents."""
+class TensorFlowAdam(torch.optim.Adam):
+    """Adam as in TensorFlow, which adds epsilon to sqrt(v) before v's bias is corrected: smaller first steps.
+    p <- p - learning_rate sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + eps)"""
 
-    def __init__(self, num_actions, args, device):
+    def __init__(self, parameters, learning_rate, eps):
+        rate = torch.zeros((), device=parameters[0].device)
+        super().__init__(parameters, rate, eps=eps, fused=True, capturable=rate.is_cuda)
+        self.learning_rate = learning_rate
+        for parameter in parameters:
+            self.state[parameter] = {
+                "num_steps": torch.zeros_like(rate),
+                "step": torch.full_like(rate, math.inf),  # after so many, torch corrects no bias
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def step(self):
+        group = self.param_groups[0]
+        first = self.state[group["params"][0]]
+        t = first["num_steps"].add_(1).double()
+        group["lr"].copy_(self.learning_rate * (1 - 0.999**t).sqrt() / (1 - 0.9**t))
+        super().step()
+
+
+class Agent(nn.Module):
+    """Networks, optimizers and replay memories of S independent agents."""
+
+    def __init__(self, num_actions, args):
         super().__init__()
+        # one generator per seed, so that its weights do not depend on its neighbours
         generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.num_seeds)]
-        lead = args.num_seeds, args.num_networks
-        self.network = NatureNetworks(lead, num_actions, 1, glorot_uniform, generators, args)
+        self.network = NatureNetwork(num_actions, 1, glorot_uniform, generators, args, args.num_networks)
         self.target_network = copy.deepcopy(self.network).requires_grad_(False)
-        self.to(device)
-        adam = AdamWithEps(self.network.parameters(), args.learning_rate, args.optimizer_eps, args.optimizer_style)
-        self.optimizers = nn.ModuleDict({"network": adam})
+        self.to(args.device)
+        adam = TensorFlowAdam(list(self.network.parameters()), args.learning_rate, args.adam_eps)
+        self.optimizers = {"network": adam}
+        self.replay = FrameMemory(args.num_seeds, args.replay_size, args.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The update
-# ---------------------------------------------------------------------------------------------------------------------
+# The update ---------------------------------------------------------------------------------------
+def minimize(loss, optimizer):
+    """One step on the optimizer's own parameters; no other parameter gets a gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    loss.backward(inputs=parameters)
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None  # faster than zero_grad
 
 
-def update(agent, batch, mixtures, args):
-    """One gradient step of every agent; nothing in here waits for the GPU.
-
-    batch: obs (S, B, 4, 84, 84) uint8, action, reward (S, B), next_obs as obs, not_terminal (S, B);
-    mixtures: (S, K, J). Returns a dict of metrics, each (S,), on the device.
-    """
-    obs, action, reward, next_obs, not_terminal = batch
-
-    # the targets, (2): the frozen networks' best action in the next state, by the mixed values
+def update(agent, obs, action, reward, next_obs, not_terminated, mixtures, args):
+    """One gradient step of every agent on obs and next_obs (S, B, 4, 84, 84), action, reward and
+    not_terminated (S, B), and mixtures (S, 1, K, J). Returns what to log, (S,) each, still on the device:
+    nothing here waits for a GPU."""
+    # the targets, DQN (2): the frozen networks' best action in the next state, by the mixed values
     with torch.no_grad():
-        next_q = (agent.target_network(next_obs) @ mixtures[:, None]).amax(2)  # (S, B, J)
-        target_q = reward[..., None] + args.gamma * not_terminal[..., None] * next_q
+        next_q = (agent.target_network(next_obs) @ mixtures).amax(2)  # (S, B, J)
+        target_q = reward[..., None] + args.gamma * not_terminated[..., None] * next_q
+        target_q = target_q.flatten(1)  # (S, B * J)
 
-    # a gradient step on the same mixtures of the taken actions' values, (3)
-    q = agent.network(obs).take_along_dim(action[..., None, None], 2).squeeze(2)  # (S, B, K)
-    loss = huber(q @ mixtures - target_q).mean((1, 2))  # (S,)
-    agent.optimizers["network"].minimize(loss.sum())  # sum over S: seeds never mix
+    # a gradient step on the same mixtures of the logged actions' values, DQN (3)
+    q = agent.network(obs) @ mixtures  # (S, B, A, J)
+    q = q.take_along_dim(action[..., None, None], 2).flatten(1)  # (S, B * J)
+    loss = huber(q - target_q).mean(1)  # (S,)
+    minimize(loss.sum(), agent.optimizers["network"])  # sum over S: seeds never mix
 
-    return {"loss/td": loss.detach(), "value/q": q.detach().mean((1, 2)), "value/target_q": target_q.mean((1, 2))}
+    return {
+        "loss/td": loss.detach(),
+        "value/q": q.detach().mean(1),
+        "value/target_q": target_q.mean(1),
+    }
 
 
 def synchronize(agent):
     """Q_target <- Q."""
     with torch.no_grad():
-        torch._foreach_copy_(list(agent.target_network.parameters()), list(agent.network.parameters()))
+        targets = agent.target_network.parameters()
+        for target, online in zip(targets, agent.network.parameters()):
+            target.copy_(online)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: flags, environments, evaluation, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing of the online Atari scripts: play, logs -------------------------------------------------
+class Games:
+    """One game a seed, stepped side by side. What happens goes to the replay memory; whenever that of the
+    first seed is full, it becomes a file of --save-replay, as in the DQN Replay Dataset's own code."""
 
-SCRIPT = Path(__file__).stem
+    def __init__(self, envs, agent, args, first):
+        self.envs = envs
+        self.replay = agent.replay
+        self.args = args
+        seeds = range(args.seed, args.seed + args.num_seeds)
+        entropy = [(seed, EXPLORATION, first, 1) for seed in seeds]
+        env_seeds = [int(np.random.default_rng(x).integers(2**31)) for x in entropy]
+        self.obs, _ = envs.reset(seed=np.array(env_seeds, object))  # as all kinds of environments take them
+        self.ended = np.ones(len(seeds), bool)
+        self.returns = np.zeros(len(seeds))  # of the episodes so far
+        last = self.replay.add_count % self.replay.size - 1
+        self.replay.terminal[range(len(seeds)), last] = first > 0  # a stop cuts the episodes under way
 
-# returns of random play and of a human tester, the 0 and the 100 of a normalised score (van Hasselt et al., 2016)
-ATARI_REFERENCES = {
-    "ALE/Asterix-v5": (210.0, 8503.3),
-    "ALE/Boxing-v5": (0.1, 12.1),
-    "ALE/Breakout-v5": (1.7, 30.5),
-    "ALE/Freeway-v5": (0.0, 29.6),
-    "ALE/MsPacman-v5": (307.3, 6951.6),
-    "ALE/Pong-v5": (-20.7, 14.6),
-    "ALE/Qbert-v5": (163.9, 13455.0),
-    "ALE/Seaquest-v5": (68.4, 42054.7),
-    "ALE/SpaceInvaders-v5": (148.0, 1668.7),
-}
+    def step(self, action):
+        """Plays action (S,) in all games; one that has ended gives way to the next at once."""
+        frames = self.obs[:, -1]
+        began = self.ended
+        self.obs, reward, terminated, truncated, _ = self.envs.step(action)
+        self.ended = terminated | truncated
+        self.returns = self.returns * ~began + reward
+        rows = zip(frames, action, reward.clip(-1, 1), self.ended)
+        for s, row in enumerate(rows):
+            for values in [BLACK_ROW] * (3 * began[s]) + [row]:
+                self.replay.add(s, *values)
+                if s == 0 and (self.replay.add_count[0] + 1) % self.replay.size == 0:
+                    self.save_rows()
+        if self.ended.any():
+            self.obs, _ = self.envs.reset(options={"reset_mask": self.ended})
 
+    def save_rows(self):
+        """Writes the first seed's memory as a file of the DQN Replay Dataset. The rows before the cursor, which
+        is the number of rows added modulo M, are of the last round, and the others a round old."""
+        if not self.args.save_replay:
+            return
+        add_count = self.replay.add_count[0].item()
+        number, cursor = divmod(add_count, self.replay.size)
+        rows = slice(add_count + 1)  # all, or those of the first round and a stale one
+        arrays = {
+            "$store$_observation": self.replay.frame[0, rows].cpu().numpy(),
+            "$store$_action": np.int32(self.replay.action[0, rows]),
+            "$store$_reward": self.replay.reward[0, rows].numpy(),
+            "$store$_terminal": np.uint8(self.replay.terminal[0, rows]),
+            "add_count": np.array(cursor),
+            "invalid_range": np.arange(cursor - 1, cursor + 4) % self.replay.size,  # what a new row spoils
+        }
+        folder = Path(self.args.save_replay, "replay_logs")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            with gzip.GzipFile(folder / f"{name}_ckpt.{number}.gz", "wb", mtime=0) as file:
+                np.save(file, array)
 
-def fail(problem, remedy):
-    """Ends the program with exit status 2 and one line: what is wrong; what to do."""
-    print(" ".join(f"error: {problem}; {remedy}".split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_flags(**tyro_options):
-    """Args from the command line; tyro's box around an error becomes one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, **tyro_options)
-    except SystemExit as e:
-        if not e.code:  # --help
-            raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-        fail(" ".join(takewhile(lambda line: line.strip("─"), lines)), "see --help")
-
-
-def parse_args():
-    """Args from the command line; with --resume or --evaluate, the run's own flags are the defaults."""
-    args = parse_flags(description=__doc__.split("\n")[0])
-    run_dir = args.resume or args.evaluate
-    if not run_dir:
-        return args
-    try:
-        config = json.loads((Path(run_dir) / "config.json").read_text())
-        script, stored, _ = config["script"], config["args"], config["environment"]
-        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
-    except (OSError, ValueError, LookupError, TypeError):
-        fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
-    if script != SCRIPT:
-        fail(f"{run_dir} is a run of {script}.py, not of {SCRIPT}.py", f"use {script}.py")
-    try:
-        stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    except (TypeError, AttributeError) as e:
-        fail(f"{run_dir} was made by another version of {SCRIPT}.py ({e})", "check out the commit in its config.json")
-    args = parse_flags(default=stored)
-    for name, value in asdict(args).items():
-        if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
-            fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
-    return args
-
-
-def check_range(args, low, high, *names):
-    """Fails unless low <= value <= high for each of these flags."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not (value != () and low <= np.min(value) and np.max(value) <= high):
-            fail(f"--{name.replace('_', '-')} {value} is out of range", f"give a value between {low} and {high}")
-
-
-def choose_device(name):
-    """torch.device for --device: auto, cpu, cuda, cuda:1, ..."""
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("these scripts know cpu and cuda")
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as e:
-        fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
+    def save_rest(self, rows):
+        """Writes the rows that are in no file yet, and replay.json, for the offline scripts' scores."""
+        if (self.replay.add_count[0] + 1) % self.replay.size > 1:
+            self.save_rows()
+        num_episodes, total = self.replay.random_play.tolist()
+        rows = rows[rows[:, 1] == self.args.seed]
+        evaluated = [rows[rows[:, 0] == update, 3].mean() for update in np.unique(rows[:, 0])]
+        description = {
+            "env_id": self.args.env_id,
+            "random": total / max(1, num_episodes),
+            "dqn": max(evaluated, default=np.nan),
+        }
+        path = Path(self.args.save_replay, "replay.json")
+        path.write_text(json.dumps(description, indent=2))
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed activations: pages that go back to the system are faulted in again at every update."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to a gigabyte stays
-        mallopt(-4, 0)  # M_MMAP_MAX: large activations come from the heap too
+# Plumbing of all Atari scripts: evaluation, run folder --------------------------------------------
+ATARI_ROW = "update", "seed", "episode", "return", "length", "normalized_score", "most_frequent_action"
 
 
-def make_atari(environment, num_envs):
-    """Games side by side, as the DQN Replay Dataset was logged: steps of 4 frames, the maximum of the last two kept,
-    grey, 84 x 84, 4 of them stacked (zeros before an episode begins), sticky actions, unclipped rewards.
-
-    An episode ends with the game, not with a life, or after 27,000 steps; the caller resets what has ended.
-    """
-    try:
-        import ale_py
-        from ale_py.vector_env import AtariVectorEnv
-    except ImportError as e:
-        fail(f"environment {environment['id']} needs a package that is not installed ({e})", "pip install ale-py")
-    gym.register_envs(ale_py)
-    try:
-        game = gym.spec(environment["id"]).kwargs["game"]
-    except (gym.error.Error, KeyError):
-        fail(f"{environment['id']} is no Atari game", "give an id like ALE/Pong-v5, see ale_py.roms.get_all_rom_ids()")
-    return AtariVectorEnv(
-        game,
-        num_envs,
-        num_threads=min(num_envs, torch.get_num_threads()),
-        max_num_frames_per_episode=108_000,
-        repeat_action_probability=0.25,
-        noop_max=0,
-        use_fire_reset=False,
-        reward_clipping=False,
-        **environment["kwargs"],
-    )
-
-
-def normalized_score(episode_return, references):
-    """100 (return - random) / (expert - random); nan without references."""
-    return 100 * (episode_return - references[0]) / (references[1] - references[0]) if references else math.nan
-
-
-def score_text(score):
-    """ ", normalised score ..." for a line of output; empty where there are no reference scores."""
-    return "" if np.isnan(score) else f", normalised score {score:.1f}"
-
-
-def policy_of_seed(actor, s):
-    """A copy on the CPU of the s-th of the policies that `actor` holds; its tensors keep a seed axis, of length 1."""
-    policy = copy.deepcopy(actor).cpu().eval()
-    for tensor in [*policy.parameters(), *policy.buffers()]:
-        tensor.data = tensor.data[s : s + 1].clone()
-    return policy
-
-
-def episode_seed(*numbers):
-    """An environment seed that depends on agent seed, update and episode, and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def run_atari_episodes(policy, environment, env_seeds, video_dir=None, epsilon=0.001):
-    """(return, length) of one episode per environment seed; policy.act maps (1, E, 4, 84, 84) bytes to actions (1, E).
-
-    The episodes step side by side, and the batch keeps its size when some are over, so that nobody's rounding
-    depends on when the others end.
-    """
-    policy = pickle.loads(policy) if isinstance(policy, bytes) else policy  # as workers get it
-    envs, rng = make_atari(environment, len(env_seeds)), np.random.default_rng(env_seeds)
-    obs, _ = envs.reset(seed=np.array(env_seeds) % 2**31)  # the emulator's seeds have 31 bits
-    returns, lengths, running = np.zeros(len(obs)), np.zeros(len(obs), int), np.ones(len(obs), bool)
-    frames = []
-    while running.any():
-        if video_dir and running[0]:
-            frames.append(np.tile(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3))
-        with torch.no_grad():
-            greedy = policy.act(torch.from_numpy(obs)[None])[0].numpy()
-        random = rng.integers(envs.single_action_space.n, size=len(obs))
-        actions = np.where(rng.random(len(obs)) < epsilon, random, greedy)
-        obs, rewards, terminated, truncated, _ = envs.step(actions)
-        returns, lengths = returns + running * rewards, lengths + running
-        running &= ~(terminated | truncated)
-    envs.close()
-    if video_dir:
-        from gymnasium.utils.save_video import save_video
-
-        save_video(frames, str(video_dir), lambda episode: True, fps=15, name_prefix=f"episode-{env_seeds[0]}")
-    return [(float(r), int(n)) for r, n in zip(returns, lengths)]
+def make_games(env_id, num_envs):
+    """Environments side by side that show the last 4 frames, (num_envs, 4, 84, 84), black before an episode
+    begins. Atari's as in the DQN Replay Dataset: the maximum of the last two of 4 frames, sticky actions,
+    27,000 steps at most; neither no-ops nor fire at the start, and losing a life ends nothing."""
+    if env_id.startswith("ALE/"):
+        flags = {"noop_max": 0, "use_fire_reset": False, "reward_clipping": False, "num_threads": num_envs}
+        return gym.make_vec(env_id, num_envs, "vector_entry_point", **flags)
+    stack = partial(gym.wrappers.FrameStackObservation, stack_size=4, padding_type="zero")
+    return gym.make_vec(env_id, num_envs, "sync", wrappers=[stack])
 
 
 def start_worker():
-    """An evaluation worker computes on one thread, leaves Ctrl-C and SIGTERM to its parent, and never outlives it."""
+    """An evaluation worker has one thread, and never outlives its parent."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def stop_signals_blocked():
-    """Ctrl-C and SIGTERM wait until the end of the block (Windows, which cannot do that, takes its chances)."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    yield
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+def run_atari_episode(policy, env_id, references, seeds, num_updates, episode):
+    """One episode of every seed, rows (S, 7). policy: any module (S, 1, 4, 84, 84) -> (S, 1), pickled."""
+    policy = pickle.loads(policy)
+    envs = make_games(env_id, len(seeds))
+    num_actions = envs.single_action_space.n
+    generators = [np.random.default_rng((seed, EVALUATION, num_updates, episode + 1)) for seed in seeds]
+    env_seeds = [int(generator.integers(2**31)) for generator in generators]
+    obs, _ = envs.reset(seed=np.array(env_seeds, object))  # as all kinds of environments take them
+    returns = np.zeros(len(seeds))
+    counts = np.zeros((len(seeds), num_actions))
+    running = np.ones(len(seeds), bool)  # what comes after a seed's first episode does not count
+    while running.any():
+        with torch.no_grad():
+            action = policy(torch.from_numpy(obs)[:, None])[:, 0].numpy()
+        for s, generator in enumerate(generators):
+            if generator.random() < 0.001:
+                action[s] = generator.integers(num_actions)
+        counts[range(len(seeds)), action] += running
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += reward * running
+        running &= ~(terminated | truncated)
+    envs.close()
+    lengths = counts.sum(1)
+    worst, best = references
+    scores = 100 * (returns - worst) / (best - worst)
+    shares = counts.max(1) / lengths
+    columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores, shares)
+    return np.stack(columns, axis=1)
 
 
-class AtariEvaluator:
-    """Evaluates snapshots of the policies in worker processes, beside training, and reports in the order of updates.
-
-    Neither the number of workers nor a stop and resume changes a result. Scripts that evaluate one policy in several
-    ways have an evaluator for each, whose `variant` is in the names of its results.
-    """
-
-    def __init__(self, args, environment, run_dir, writer, variant=""):
-        self.args, self.environment, self.writer = args, environment, writer
-        self.name, self.csv_path = f"evaluation{variant}", run_dir / f"evaluations{variant}.csv"
-        self.pending = {}  # update: (state of the actor then, one job per seed)
-        workers = args.eval_workers
-        if workers is None:
-            workers = max(1, min(args.num_seeds, (os.cpu_count() or 1) - 1))
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, spawn, start_worker) if workers and args.eval_episodes else None
-        if not self.csv_path.exists():
-            self.csv_path.write_text("update,seed,episode,return,length,normalized_score\n")
-
-    def submit(self, update, actor):
-        """Starts the evaluation of every seed's policy as it is now."""
-        jobs = []
-        for s in range(self.args.num_seeds if self.args.eval_episodes else 0):
-            env_seeds = [episode_seed(self.args.seed + s, update, e) for e in range(self.args.eval_episodes)]
-            job = pickle.dumps(policy_of_seed(actor, s)), self.environment, env_seeds
-            with stop_signals_blocked():  # a worker that starts here inherits that
-                jobs.append(self.pool.submit(run_atari_episodes, *job) if self.pool else Future())
-            if not self.pool:
-                jobs[-1].set_result(run_atari_episodes(*job))
-        if jobs:
-            self.pending[update] = {name: x.cpu().clone() for name, x in actor.state_dict().items()}, jobs
-
-    def collect(self, wait=False):
-        """Writes and prints the evaluations that are done (all, if `wait`)."""
-        for update, (_, jobs) in list(self.pending.items()):
-            if not (wait or all(job.done() for job in jobs)):
-                return
-            results = [(self.args.seed + s, e, *r) for s, job in enumerate(jobs) for e, r in enumerate(job.result())]
-            returns = np.array([episode_return for _, _, episode_return, _ in results])
-            scores = normalized_score(returns, self.environment["references"]) * np.ones(len(returns))
-            with self.csv_path.open("a", newline="") as file:
-                rows = [(update, *result, f"{score:.4f}") for result, score in zip(results, scores)]
-                csv.writer(file, lineterminator="\n").writerows(rows)
-            self.writer.add_scalar(f"{self.name}/return", returns.mean(), update)
-            self.writer.add_scalar(f"{self.name}/normalized_score", scores.mean(), update)
-            mean, score = returns.mean(), scores.mean()
-            print(f"{self.name} at {update:,}: return {mean:.1f}{score_text(score)}", flush=True)
-            del self.pending[update]
-
-    def resume(self, update, pending, actor):
-        """Back to the state of a checkpoint: forgets what came after it, starts again what was under way."""
-        header, *rows = self.csv_path.read_text().splitlines(keepends=True)
-        rows = [(int(row.split(",")[0]), row) for row in rows if row.endswith("\n")]  # a kill may tear the last one
-        kept = [row for n, row in rows if n <= update and n not in pending]
-        write_atomically(self.csv_path, lambda path: path.write_text(header + "".join(kept)))
-        for past_update, state in sorted(pending.items()):
-            past_actor = copy.deepcopy(actor)
-            past_actor.load_state_dict(state)
-            self.submit(past_update, past_actor)
-
-    def close(self):
-        if self.pool:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+def atari_summary(rows, num_seeds):
+    """Mean of the last ten evaluations, +- its standard deviation over seeds, and the best evaluation."""
+    if len(rows) == 0:
+        return "nothing was evaluated"
+    evaluations = np.unique(rows[:, 0])
+    last = rows[np.isin(rows[:, 0], evaluations[-10:])]
+    means = last.reshape(-1, num_seeds, len(ATARI_ROW)).mean(0)  # (S, 7)
+    _, _, _, returns, _, scores, shares = means.T
+    best = max(rows[rows[:, 0] == evaluation, 3].mean() for evaluation in evaluations)
+    text = f"return {returns.mean():.2f}, normalised score {scores.mean():.1f}"
+    if num_seeds > 1:
+        text += f" (+- {returns.std():.2f} and {scores.std():.1f} over seeds)"
+    return f"{text}, best return {best:.2f}, most frequent action {shares.mean():.2f}"
 
 
-def print_atari_result(args, run_dir, num_updates, rate):
-    """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
-    text = ""
-    if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
-        update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        last = np.unique(update)[-10:]
-        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
-        score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
-        hundred = "the agent that logged the data, else a human"
-        if not np.isnan(score).any():
-            text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: {hundred}), "
-        text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
-    print(f"{text}{num_updates:,} updates, {rate:.1f} updates/s per seed, run folder {run_dir}")
+def atari_report(rows, jobs, run_dir, writer):
+    """Rows of all evaluations, those of `jobs` being new: to screen, TensorBoard, evaluations.csv."""
+    if not jobs:
+        return rows
+    new_rows = np.concatenate([job.result() for job in jobs])
+    num_updates, _, _, *means = new_rows.mean(0)
+    text = f"update {num_updates:,.0f}:"
+    for name, mean in zip(ATARI_ROW[3:], means):
+        text += f" {name} {mean:.2f}"
+        writer.add_scalar(f"evaluation/{name}", mean, num_updates)
+    tqdm.write(text)
+    rows = np.concatenate([rows, new_rows])
+    np.savetxt(run_dir / "evaluations.csv", rows, "%.10g", ",", header=",".join(ATARI_ROW), comments="")
+    return rows
 
 
-def evaluate_atari_run(args, agent_class):
-    """--evaluate: fresh episodes of the policies in a run's checkpoint."""
-    run_dir = Path(args.evaluate)
-    environment = json.loads((run_dir / "config.json").read_text())["environment"]
-    if not environment["id"]:
-        fail(f"{run_dir} is a run without environment", "evaluate a run that has one")
-    num_actions = int(make_atari(environment, 1).single_action_space.n)
-    agent = agent_class(num_actions, args, torch.device("cpu"))
-    agent.load_state_dict(load_checkpoint(run_dir, "cpu")["agent"])
-    video_dir = run_dir / "videos" if args.capture_video else None
-    for s in range(args.num_seeds):
-        env_seeds = [episode_seed(args.seed + s, 2**31, e) for e in range(args.eval_episodes or 10)]
-        results = run_atari_episodes(policy_of_seed(agent.network, s), environment, env_seeds, video_dir)
-        returns, lengths = np.array(results).T
-        score = np.mean(normalized_score(returns, environment["references"]))
-        print(
-            f"seed {args.seed + s}: return {returns.mean():.1f} ± {returns.std():.1f} (standard deviation over "
-            f"{len(returns)} episodes of {lengths.mean():.0f} steps on average){score_text(score)}"
-        )
+def log(metrics, num_updates, writer):
+    """Metrics to TensorBoard. A loss that is not finite ends the run, before its agent is saved."""
+    for name, metric in metrics.items():
+        if not metric.isfinite().all():
+            sys.exit(f"error: {name} is not finite at update {num_updates}; see the last checkpoint")
+        writer.add_scalar(name, metric.mean().item(), num_updates)
 
 
-def open_run_dir(args, name, environment):
-    """The run folder, new or --resume's; config.json: all flags, versions, git commit, command line, environment."""
-    if args.resume:
-        run_dir = Path(args.resume)
-        config = json.loads((run_dir / "config.json").read_text()) | {"args": asdict(args)}
-    else:
-        seeds = f"{args.seed}" if args.num_seeds == 1 else f"{args.seed}-{args.seed + args.num_seeds - 1}"
-        run_dir = Path(args.run_dir or f"runs/{SCRIPT}/{name}/{seeds}-{time.strftime('%Y%m%d-%H%M%S')}")
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as e:
-            fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-        config = {
-            "script": SCRIPT,
-            "args": asdict(args),
-            "environment": environment,
-            "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
-            "git_commit": commit or None,
-            "command": shlex.join([sys.executable, *sys.argv]),
-        }
-    write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
-    return run_dir
+def online_run_folder(args):
+    """Where the run is, or will be."""
+    name = f"{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    new = Path("runs", Path(__file__).stem, args.env_id, name)
+    return Path(args.evaluate or args.resume or args.run_dir or new)
 
 
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: a kill leaves the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def open_run_dir(run_dir, args):
+    """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    versions = {package.name: package.version for package in distributions()}
+    config = {"command": sys.argv, "args": asdict(args), "versions": versions}
+    del config["args"]["device"]  # a run may go on elsewhere
+    path = run_dir / "config.tmp"
+    path.write_text(json.dumps(config, indent=2))
+    os.replace(path, run_dir / "config.json")
 
 
-def load_checkpoint(run_dir, device):
-    """checkpoint.pt of a run folder, as it was saved."""
-    try:
-        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
-        if not checkpoint.keys() >= {"agent", "generators", "pending_evaluations"}:
-            raise KeyError("parts are missing")
-        return checkpoint
-    except Exception as e:  # torch.load raises many kinds of error on a damaged file
-        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start a new run")
+def save(path, agent, rows, num_updates):
+    """All that a run needs to go on: the old file or the new one, never half of it."""
+    optimizers = {name: x.state_dict()["state"] for name, x in agent.optimizers.items()}
+    checkpoint = {"agent": agent.state_dict(), "optimizers": optimizers}
+    checkpoint |= {"rows": torch.from_numpy(rows), "num_updates": num_updates}
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def on_stop_signal():
-    """A list that stays empty until Ctrl-C or SIGTERM asks the loop to stop; a second one stops at once."""
-    stop = []
-
-    def handler(signum, frame):
-        stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return stop
+def load(path, agent):
+    """Puts the agent back; returns rows and num_updates."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    agent.load_state_dict(checkpoint["agent"])
+    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+        state = {"state": checkpoint["optimizers"][name]}
+        optimizer.load_state_dict(optimizer.state_dict() | state)
+    return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 
-def cuda_graph(step, agent, *inputs):
-    """`step` captured as one CUDA graph: returns a function of inputs that are shaped like these.
+# Training -----------------------------------------------------------------------------------------
+class CudaGraph:
+    """A step that a GPU replays as one CUDA graph. Its first three calls, in which PyTorch sets
+    itself up, are ordinary ones; the fourth is recorded. On a CPU all calls are ordinary."""
 
-    Capturing needs a few real steps first; whatever they change in the agent is put back.
-    """
-    inputs = [x.clone() for x in inputs]  # the graph reads them where they stand
-    before = copy.deepcopy(agent.state_dict())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(*inputs)
-    agent.load_state_dict(before)  # in place
+    def __init__(self, step):
+        self.step = step
+        self.num_calls = 0
 
-    def replay(*new_inputs):
-        for old, new in zip(inputs, new_inputs):
-            old.copy_(new)
-        graph.replay()
-        return outputs
-
-    return replay
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing of the online Atari scripts: the files of the DQN Replay Dataset
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_replay(folder, episodes, num_rows, metadata):
-    """Writes episodes [(frames (T, 84, 84), actions (T,), rewards (T,)), ...] as files of the DQN Replay Dataset.
-
-    These are snapshots of a circular memory of num_rows rows: one before its last row is written, in every round, and
-    one at the end. So the last row of a file is a round old, and in the last file all rows are that add_count does not
-    count. Three rows of zeros come before every episode; rewards are clipped to [-1, 1].
-    """
-    partial = Path(folder).with_name(Path(folder).name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "replay_logs").mkdir(parents=True)
-    kinds = {"action": np.int32, "reward": np.float32, "terminal": np.uint8}
-    store = {"observation": np.zeros((num_rows, 84, 84), np.uint8)}
-    store |= {name: np.zeros(num_rows, dtype) for name, dtype in kinds.items()}
-    add_count, number = 0, 0
-
-    def snapshot():
-        arrays = {f"$store$_{name}": rows for name, rows in store.items()}
-        arrays["add_count"] = np.array(add_count)
-        arrays["invalid_range"] = np.arange(add_count - 1, add_count + 4) % num_rows  # what a new row spoils
-        for name, array in arrays.items():
-            with gzip.GzipFile(partial / "replay_logs" / f"{name}_ckpt.{number}.gz", "wb", mtime=0) as file:
-                np.save(file, array)
-
-    for frames, actions, rewards in episodes:
-        terminal = np.zeros(len(rewards), np.uint8)
-        terminal[-1] = 1
-        columns = dict(zip(store, (frames, actions, np.clip(rewards, -1, 1), terminal)))
-        rows = {name: np.concatenate([np.zeros((3, *x.shape[1:]), x.dtype), x]) for name, x in columns.items()}
-        first = 0
-        while first < len(rewards) + 3:
-            cursor = add_count % num_rows
-            n = min(len(rewards) + 3 - first, (num_rows - 1 if cursor < num_rows - 1 else num_rows) - cursor)
-            for name, x in rows.items():
-                store[name][cursor : cursor + n] = x[first : first + n]
-            first, add_count = first + n, add_count + n
-            if add_count % num_rows == num_rows - 1:
-                snapshot()
-                number += 1
-    if 0 < add_count % num_rows < num_rows - 1:
-        snapshot()
-    (partial / "replay.json").write_text(json.dumps(metadata, indent=2))
-    os.replace(partial, folder)
-
-
-def save_log(args, run_dir, environment, policy):
-    """Writes the first seed's episodes in RUN_DIR/log, thinned if asked for, to --save-replay; prints what they are."""
-    log = sorted((run_dir / "log").glob("*.npz"))  # by the steps they ended with
-    if not log:
-        print(f"no episode came to its end: nothing to write to {args.save_replay}")
-        return
-    env_seeds = [episode_seed(args.seed, 2**31 + 1, e) for e in range(args.eval_episodes or 10)]
-    random = [r for r, _ in run_atari_episodes(policy, environment, env_seeds, epsilon=1.0)]
-    evaluated = {}  # update: returns
-    for row in csv.DictReader((run_dir / "evaluations.csv").open()):
-        if int(row["seed"]) == args.seed:
-            evaluated.setdefault(row["update"], []).append(float(row["return"]))
-    rewards = [np.load(path)["rewards"] for path in log]
-    share = min(1, (args.replay_transitions or math.inf) / sum(map(len, rewards)))
-    kept = [i for i in range(len(log)) if math.floor((i + 1) * share) > math.floor(i * share)] or [len(log) - 1]
-    returns, num_transitions = [float(rewards[i].sum()) for i in kept], sum(len(rewards[i]) for i in kept)
-    metadata = {
-        "env_id": environment["id"],
-        "random": float(np.mean(random)),  # the two references of the offline scripts' normalised scores
-        "dqn": max(map(np.mean, evaluated.values()), default=None),
-        "episodes": len(kept),
-        "transitions": num_transitions,
-        "description": f"Training log of the first seed of {SCRIPT}.py with these flags",
-        "flags": dict(sorted(asdict(args).items() - asdict(Args()).items())),
-    }
-    episodes = (tuple(np.load(log[i]).values()) for i in kept)
-    num_rows = min(args.rows_per_file, num_transitions + 3 * len(kept) + 1)  # one more: the last row is never new
-    write_replay(args.save_replay, episodes, num_rows, metadata)
-    print(
-        f"{len(kept):,} episodes, {num_transitions:,} transitions, return {np.mean(returns):.1f} ± "
-        f"{np.std(returns):.1f}, best {np.max(returns):.1f} -> {args.save_replay}"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-SEED_EVERY = 10  # episodes of an environment from one seed to the next: seeding takes the time of many steps
+    def __call__(self, *inputs):
+        self.num_calls += 1
+        if self.num_calls <= 3 or not inputs[0].is_cuda:
+            return self.step(*inputs)
+        if self.num_calls == 4:
+            self.inputs = [x.clone() for x in inputs]  # where the graph reads
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(inputs[0].device), torch.cuda.graph(self.graph):  # records, runs nothing
+                self.outputs = self.step(*self.inputs)
+        for x, new_x in zip(self.inputs, inputs):
+            x.copy_(new_x)
+        self.graph.replay()
+        return self.outputs
 
 
 def main():
-    args = parse_args()
-    check_range(args, 1, math.inf, "num_seeds", "num_envs", "num_steps", "learning_starts", "update_every")
-    check_range(args, 1, math.inf, "batch_size", "channels", "hidden_size", "epsilon_steps", "num_networks")
-    check_range(args, 1, math.inf, "target_every", "eval_every", "checkpoint_every", "log_every", "replay_transitions")
-    check_range(args, 8, 2**24, "replay_size", "rows_per_file")  # a float32 draw tells 2^24 rows apart
-    check_range(args, 0, 2**32 - 1, "seed")
-    check_range(args, 0, math.inf, "learning_rate", "optimizer_eps", "eval_episodes", "eval_workers")
-    check_range(args, 0, 1, "gamma", "epsilon")
-    if len(args.channels) != 3:
-        fail(f"--channels {args.channels} are not three", "give one number for each convolution")
-    if args.evaluate:
-        return evaluate_atari_run(args, MultiNetworkAgent)
-    if args.save_replay and Path(args.save_replay).exists():
-        fail(f"{args.save_replay} is there already", "give another folder to write the dataset to")
-    if args.save_replay and args.resume and not (Path(args.resume) / "log").exists():
-        fail(f"{args.resume} has kept no log", "give --save-replay from the start of a run")
-    if args.replay_size < 8 * args.num_envs:
-        fail(f"--replay-size {args.replay_size} is out of range", "give at least 8 steps for each of --num-envs")
-    device, S, E = choose_device(args.device), args.num_seeds, args.num_envs
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    torch.backends.cudnn.benchmark = True  # the fastest convolutions for these shapes
-
-    environment = {"id": args.env_id, "kwargs": {}, "references": ATARI_REFERENCES.get(args.env_id)}
-    envs = make_atari(environment, S * E)
+    args = tyro.cli(Args)
+    if args.evaluate or args.resume:  # the run's flags, then those of this call
+        config = json.loads(Path(args.evaluate or args.resume, "config.json").read_text())
+        args = tyro.cli(Args, default=Args(**config["args"]))
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    envs = make_games(args.env_id, args.num_seeds)
+    if envs.single_observation_space != gym.spaces.Box(0, 255, (4, 84, 84), np.uint8):
+        sys.exit(f"error: {args.env_id} has no frames (84, 84) of uint8; give another --env-id")
     num_actions = int(envs.single_action_space.n)
-    agent = MultiNetworkAgent(num_actions, args, device)
-    generators = [torch.Generator(device).manual_seed(args.seed + s) for s in range(S)]
 
-    def draw(sampler, *shape):
-        """One draw per seed, each from its own generator: (S, *shape)."""
-        return torch.stack([sampler(*shape, device=device, generator=generator) for generator in generators])
+    # agents, as they start or as they were
+    agent = Agent(num_actions, args)
+    policy = GreedyPolicy(agent.network)  # what is evaluated
+    run_dir = online_run_folder(args)
+    rows = np.empty((0, len(ATARI_ROW)))
+    first = 0
+    if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
+        rows, first = load(run_dir / "checkpoint.pt", agent)
+        args.num_steps = max(args.num_steps, first)
+    num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
 
-    T, M = -(-args.num_steps // E), -(-args.replay_size // E)  # steps of each environment, and how many are remembered
-    try:
-        memory = new_memory(S, min(M, T), E, device)
-    except RuntimeError as e:
-        fail(f"the replay memory does not fit ({str(e).splitlines()[0]})", "give a smaller --replay-size")
-    t, num_updates = 0, 0
+    def start_evaluation(num_steps):
+        frozen = pickle.dumps(copy.deepcopy(policy).cpu().eval())
+        job = frozen, args.env_id, (np.nan, np.nan), seeds, num_steps
+        return [pool.submit(run_atari_episode, *job, episode) for episode in range(args.eval_episodes)]
 
-    checkpoint = load_checkpoint(args.resume, device) if args.resume else None
-    if checkpoint and checkpoint["t"] > T:
-        fail(f"the run is at step {checkpoint['t'] * E} already", "give a larger --num-steps")
-    stop = on_stop_signal()  # from here on, a stop saves first
-    run_dir = open_run_dir(args, args.env_id.split("/")[-1], environment)
-    if checkpoint:
-        t, num_updates = checkpoint["t"], checkpoint["num_updates"]
-        for name, rows in checkpoint["memory"].items():
-            memory[name][:, : rows.shape[1]] = rows
-        agent.load_state_dict(checkpoint["agent"])
-        for generator, state in zip(generators, checkpoint["generators"]):
-            if len(state) == len(generator.get_state()):  # else it comes from another kind of device: new draws
-                generator.set_state(state.cpu())
-    writer = SummaryWriter(run_dir, purge_step=t * E + 1)
-    evaluator = AtariEvaluator(args, environment, run_dir, writer)
-    if checkpoint:
-        evaluator.resume(t * E, checkpoint["pending_evaluations"], agent.network)
+    if args.evaluate:
+        jobs = start_evaluation(2**31)  # episodes that no run has seen
+        rows = np.reshape([job.result() for job in jobs], (-1, len(ATARI_ROW)))
+        print(f"policies of step {first:,}: {atari_summary(rows, args.num_seeds)}")
+        return
 
-    # what the environments are at; number s * E + e is environment e of seed s
-    episode_number, age, episode_return = np.zeros(S * E, int), np.zeros(S * E, int), np.zeros(S * E)
-    mixture = checkpoint["mixture"] if checkpoint else mixture_to_act(draw(torch.rand, E, args.num_networks), args)
-    actions_since_seed = [[] for _ in range(S * E)]
-    episode_log = [[] for _ in range(E if args.save_replay else 0)]  # (frame, action, reward) since the episode began
+    if args.save_replay and not args.resume and Path(args.save_replay).exists():
+        sys.exit(f"error: {args.save_replay} is there already; give another folder to write to")
+    open_run_dir(run_dir, args)
+    games = Games(envs, agent, args, first)
+    writer = SummaryWriter(run_dir, purge_step=first + 1)
+    print(f"{args.env_id} from step {first:,} on, with a new episode")
+    print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
-    def begin(which):
-        """Observations (S * E, 4, 84, 84) after a new episode began in these environments."""
-        seeds = np.full(S * E, -1)  # -1: the emulator's random numbers go on
-        for i in np.flatnonzero(which):
-            if episode_number[i] % SEED_EVERY == 0:
-                seeds[i] = episode_seed(args.seed + i // E, i % E, episode_number[i], 1) % 2**31
-                actions_since_seed[i] = []
-            if i < len(episode_log):
-                episode_log[i] = []
-        age[which], episode_return[which] = 0, 0
-        return envs.reset(seed=seeds[which], options={"reset_mask": which})[0]
+    @CudaGraph
+    @torch.no_grad()
+    def act(frames, mixtures):  # the greedy actions (S,) by the values of the first mixture
+        values = agent.network(frames[:, None]) @ mixtures  # (S, 1, A, J)
+        return values.argmax(2)[:, 0, 0]
 
-    def play(obs, action):
-        """One step of all environments: the next observations, rewards, and which episodes are over, (S * E, ...)."""
-        next_obs, reward, terminated, truncated, _ = envs.step(action)
-        over = terminated | truncated
-        for i in range(S * E):
-            actions_since_seed[i].append(int(action[i]))
-        for i, log in enumerate(episode_log):
-            log.append((obs[i, -1].copy(), action[i], reward[i]))
-        age[:], episode_return[:], episode_number[:] = age + 1, episode_return + reward, episode_number + over
-        return next_obs, reward, over
+    @CudaGraph
+    def learn(mixtures, frames, action, reward, not_terminated):
+        obs = frames[:, :, :4]
+        next_obs = frames[:, :, 1:]
+        return update(agent, obs, action, reward, next_obs, not_terminated, mixtures, args)
 
-    # an emulator's state is its last seed and the actions since: a resumed run plays them again
-    envs.reset(seed=np.zeros(S * E, int))
-    past = [actions.tolist() for actions in checkpoint["actions_since_seed"]] if checkpoint else actions_since_seed
-    for steps_left in range(max(map(len, past)), -1, -1):
-        starts = np.array([len(actions) == steps_left for actions in past])
-        if starts.any():
-            episode_number[starts] = checkpoint["seeded_episode"].cpu().numpy()[starts] if checkpoint else 0
-            obs = begin(starts)
-        if steps_left:
-            action = np.array([actions[-steps_left] if len(actions) >= steps_left else 0 for actions in past])
-            obs, _, over = play(obs, action)
-            if over.any():
-                obs = begin(over)
-    if args.save_replay:
-        (run_dir / "log").mkdir(exist_ok=True)
-        for path in (run_dir / "log").glob("*.npz"):  # episodes that came after the checkpoint
-            if int(path.stem.split("-")[0]) > t:
-                path.unlink()
+    jobs = []
+    if first:
+        jobs = start_evaluation(first)  # the one that was under way
+    metrics = {}
+    mixtures = random_mixtures(random_generators(seeds, EXPLORATION, first), args)  # of the episodes under way
+    started = time.time()
+    for step in tqdm(range(first, args.num_steps), mininterval=1):
+        # act by the first of the episode's mixtures, at random with probability epsilon
+        action = act(torch.from_numpy(games.obs).to(args.device), mixtures).cpu().numpy()
+        generators = random_generators(seeds, DRAWS, step)
+        for s, generator in enumerate(generators):
+            if generator.random() < share_of_random_actions(step, args):
+                action[s] = generator.integers(num_actions)
+        games.step(action)
+        num_steps = step + 1
+        for s in np.flatnonzero(games.ended):
+            writer.add_scalar(f"exploration/return_of_seed_{seeds[s]}", games.returns[s], num_steps)
+            mixtures[s] = random_mixtures([generators[s]], args)
+        if games.ended[0] and num_steps <= args.learning_starts:
+            agent.replay.random_play += torch.tensor([1, games.returns[0]])
 
-    def learn(step, e, u):
-        return update(agent, transitions(memory, step, e), mixtures_to_learn(u, args), args)
-
-    if device.type == "cuda":
-        no_index = torch.zeros(S, args.batch_size, dtype=torch.long, device=device)
-        learn = cuda_graph(learn, agent, no_index, no_index, torch.zeros(S, args.num_networks, device=device))
-
-    def save():
-        """Everything that an exact continuation needs."""
-        state = {
-            "t": t,
-            "num_updates": num_updates,
-            "agent": agent.state_dict(),
-            "generators": [generator.get_state() for generator in generators],
-            "memory": {name: x[:, :t].clone() if t < x.shape[1] else x for name, x in memory.items()},
-            "actions_since_seed": [torch.tensor(actions, dtype=torch.uint8) for actions in actions_since_seed],
-            "mixture": mixture,
-            "seeded_episode": torch.from_numpy(episode_number // SEED_EVERY * SEED_EVERY),
-            "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},
-        }
-        write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-
-    if not args.resume:
-        save()
-    keep_freed_memory()
-    started, printed, first_t, metrics, stopped, rate = time.time(), time.time(), t, {}, False, 0
-    while t < T and not stopped:
-        # act: at random with probability epsilon, which falls from 1 after learning_starts steps
-        epsilon = share_of_random_actions(t * E, args)
-        explores, action = draw(torch.rand, E) < epsilon, (draw(torch.rand, E) * num_actions).long()  # (S, E)
-        if epsilon < 1:
-            with torch.no_grad():
-                values = agent.network(torch.from_numpy(obs).to(device).unflatten(0, (S, E)))  # (S, E, A, K)
-                greedy = (values @ mixture[..., None]).squeeze(-1).argmax(-1)  # (S, E)
-            action = torch.where(explores, action, greedy)
-        action = action.flatten().cpu().numpy()
-        row = {"frame": obs[:, -1], "action": action, "age": age.copy()}
-        obs, reward, over = play(obs, action)
-        row |= {"reward": np.clip(reward, -1, 1), "terminal": over}
-        for name, x in row.items():
-            memory[name][:, t % M] = torch.from_numpy(x).to(device).unflatten(0, (S, E))
-        t += 1
-        for i in np.flatnonzero(over):
-            writer.add_scalar(f"train/return_seed{args.seed + i // E}", episode_return[i], t * E)
-            if i < len(episode_log):
-                columns = dict(zip(("frames", "actions", "rewards"), map(np.array, zip(*episode_log[i]))))
-                np.savez_compressed(run_dir / "log" / f"{t:010}-{i}.npz", **columns)
-        if over.any():
-            obs = begin(over)
-            for s in np.flatnonzero(over.reshape(S, E).any(1)):
-                u = torch.rand(E, args.num_networks, device=device, generator=generators[s])
-                new = torch.from_numpy(over).to(device).view(S, E)[s, :, None]
-                mixture[s] = torch.where(new, mixture_to_act(u, args), mixture[s])
-
-        # learn: one update per update_every steps of a seed
-        first, end = valid_steps(t, M)
-        due = t * E // args.update_every - (t - 1) * E // args.update_every
-        for _ in range(due if t * E > args.learning_starts and end > first else 0):
-            pick = (draw(torch.rand, args.batch_size) * ((end - first) * E)).long()  # (S, B)
-            metrics = learn(first + pick // E, pick % E, draw(torch.rand, args.num_networks))
-            num_updates += 1
-            if num_updates % args.target_every == 0:
+        # learn
+        if num_steps > args.learning_starts and num_steps % args.update_every == 0:
+            batch = agent.replay.draw(generators, args.batch_size)
+            metrics = learn(random_mixtures(generators, args), *batch)
+            if num_steps % (args.update_every * args.target_every) == 0:
                 synchronize(agent)
 
-        # evaluate, log, save
-        done, stopped = t == T, bool(stop)
-        passed = [t * E // n > (t - 1) * E // n for n in (args.eval_every, args.log_every, args.checkpoint_every)]
-        if passed[0] or done:
-            evaluator.submit(t * E, agent.network)
-        evaluator.collect(wait=done)
-        if passed[1]:
-            for tag, value in metrics.items():
-                writer.add_scalar(tag, value.mean().item(), t * E)
-        rate = (t - first_t) * E / (time.time() - started)
-        if time.time() - printed > 5 or done:
-            printed = time.time()
-            left = timedelta(seconds=int((T - t) * E / rate))
-            print(f"step {t * E:,}/{T * E:,}, {rate:.0f} steps/s, {left} left", flush=True)
-        if passed[2] or done or stopped:
-            save()
+        # report the evaluation before this one, which had time beside training; save; start it
+        evaluation_due = num_steps % args.eval_every == 0 or num_steps == args.num_steps
+        if evaluation_due or num_steps % args.log_every == 0:
+            log(metrics, num_steps, writer)
+        if evaluation_due:
+            rows = atari_report(rows, jobs, run_dir, writer)
+            save(run_dir / "checkpoint.pt", agent, rows, num_steps)
+            jobs = start_evaluation(num_steps)
 
-    evaluator.close()
+    speed = (args.num_steps - first) / (time.time() - started)
+    rows = atari_report(rows, jobs, run_dir, writer)
     writer.close()
-    if t < T:
-        print(f"stopped at step {t * E:,}; continue with: python {sys.argv[0]} --resume {run_dir}")
-        raise SystemExit(128 + stop[0])
     if args.save_replay:
-        save_log(args, run_dir, environment, policy_of_seed(agent.network, 0))
-    print_atari_result(args, run_dir, num_updates, rate / args.update_every)
+        games.save_rest(rows)
+    result = atari_summary(rows, args.num_seeds)
+    print(f"{result}; {args.num_steps:,} steps, {speed:.0f}/s per seed; run folder {run_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:  # also Ctrl-C; without this, it would wait for the evaluations that are queued
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise

@@ -40,7 +40,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import re
 import shutil
 import sys
 import tempfile
@@ -57,7 +56,6 @@ import minari
 import numpy as np
 import torch
 import tyro
-from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -67,7 +65,6 @@ CHUNK_STEPS = 20  # steps whose random numbers are drawn together
 # Purposes are never 0, because numpy ignores zeros at the end
 DRAWS = 1
 EVALUATION = 2
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
 EXPLORATION = 3
 
 

@@ -41,7 +41,6 @@ AntMaze:  --p-base 0.2 --reward-transform shift --eval-every 100000 --eval-episo
 
 import copy
 import json
-import math
 import multiprocessing
 import os
 import pickle

@@ -42,7 +42,8 @@ sys.path.append(str(ROOT / "algorithms"))  # where evaluation workers find the m
 # small beside COMMON: a script with a second stage needs the flags of its length here.
 MOVED = ["iql_red", "cql_red", "td3_bc_red", "crr_red"]
 # scripts of other kinds that have their new form; test_copies.py compares all
-MOVED_TOO = ["dered_iql", "asac", "iql_scaled", "td3_bc_scaled", "sac", "dqn_atari", "rem_atari"]
+MOVED_TOO = ["dered_iql", "asac", "iql_scaled", "td3_bc_scaled", "sac", "dqn_atari", "rem_atari", "rvs_lds"]
+MOVED_TOO += ["qrdqn_atari", "ensemble_dqn_atari", "offline_dqn_atari", "c51_atari", "rem_online_atari"]
 COMMON = "--hidden-sizes", 8, 8, "--batch-size", 8, "--device", "cpu"
 SMALL = {
     "iql_red": (),
@@ -143,6 +144,9 @@ class Pool:
         future = concurrent.futures.Future()
         future.set_result(function(*args))
         return future
+
+    def shutdown(self):
+        pass
 
 
 def run_main(script, *flags):

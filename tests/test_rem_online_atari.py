@@ -1,199 +1,248 @@
-"""rem_online_atari.py where it differs from dqn_atari.py: mixtures, loss, how episodes are played.
+"""rem_online_atari.py: mixtures, update, who plays an episode, random actions, what is stored and logged, seeds, runs,
+learning on Catch. What is the same text in rem_atari.py (test_copies.py) has more tests in test_rem_atari.py."""
 
-test_dqn_atari.py has the games, the replay memory and the files, which are the same text (test_copies.py).
-"""
+import itertools
+import json
+from unittest import mock
 
+import catch
+import gymnasium as gym
 import harness
 import numpy as np
 import pytest
 import torch
-from old_atari_helpers import BLIND, CPU, SMALL, A, checkpoint_of, differences, make_batch, play_main
 
 rem = harness.load("rem_online_atari")
-dqn = harness.load("dqn_atari")
+offline = harness.load("rem_atari")
 
-both_agents = pytest.mark.parametrize("agent", ["rem", "bootstrapped"])
-
-
-def make_args(module=rem, **flags):
-    return module.Args(**{"channels": (2, 3, 4), "hidden_size": 8, "padding": "valid", "batch_size": 4, **flags})
-
-
-@pytest.fixture
-def run_main(monkeypatch):
-    return lambda *flags: play_main(monkeypatch, rem, *flags)
+A = 3  # actions of Catch
+TINY = "--env-id catch:Catch-v0 --channels 2 3 2 --hidden-size 5 --batch-size 3 --padding valid --device cpu".split()
+TINY += ["--replay-size", 2000, "--eval-episodes", 0]
+both = pytest.mark.parametrize("baseline", [False, True], ids=["rem", "bootstrapped"])
 
 
+class Loud(catch.Catch):  # with rewards of 3, and 2 on the way, which clipping takes to 1
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, 3 * reward + 2 * (self.ball_row == 2), terminated, truncated, info
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mixtures
-# ---------------------------------------------------------------------------------------------------------------------
+gym.register("Loud-v0", entry_point=Loud)
 
 
-def test_mixtures_of_rem():
-    """Normalised uniforms: they sum to 1, and of two the first is below 1/4 with probability 1/6, not 1/4 (13.1)."""
-    args = make_args(num_networks=2)
-    u = torch.rand(60_000, 2, generator=torch.Generator().manual_seed(0))
-    to_learn, to_act = rem.mixtures_to_learn(u, args), rem.mixture_to_act(u, args)
-    assert to_learn.shape == (60_000, 2, 1)
-    for alpha in to_learn[..., 0], to_act:
-        torch.testing.assert_close(alpha.sum(-1), torch.ones(60_000))
-        assert (alpha[:, 0] < 0.25).float().mean().item() == pytest.approx(1 / 6, abs=0.01)
-    assert torch.equal(rem.mixture_to_act(torch.zeros(3), make_args()), torch.full((3,), 1 / 3))
+def draw(seeds, step, **flags):
+    return rem.random_mixtures(rem.random_generators(seeds, rem.DRAWS, step), rem.Args(device="cpu", **flags))
 
 
-def test_mixtures_of_bootstrapped_dqn():
-    """Every network learns by itself; one of them plays, each as often as the others."""
-    args = make_args(agent="bootstrapped", num_networks=3)
-    u = torch.rand(6_000, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(rem.mixtures_to_learn(u[:2], args), torch.eye(3).expand(2, 3, 3))
-    chosen = rem.mixture_to_act(u, args)
-    assert set(chosen.unique().tolist()) == {0.0, 1.0} and (chosen.sum(-1) == 1).all()
-    np.testing.assert_allclose(chosen.mean(0), 1 / 3, atol=0.03)
+def run(folder, *flags):
+    harness.run_main("rem_online_atari", *TINY, *flags, "--run-dir", folder / "run")
+    return folder / "run"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The update
-# ---------------------------------------------------------------------------------------------------------------------
+# The method ---------------------------------------------------------------------------------------
+def test_flags():
+    """Those of DQN, and online REM's own numbers."""
+    ours, theirs = [set(vars(harness.load(script).Args()).items()) for script in ("rem_online_atari", "dqn_atari")]
+    own = {"num_networks": 4, "bootstrapped": False, "learning_rate": 5e-5, "adam_eps": 0.001 / 32}
+    assert ours - theirs == own.items() and {name for name, _ in theirs - ours} == {"learning_rate", "rmsprop_eps"}
 
 
-def numpy_loss(values, next_values, batch, mixtures, gamma):
-    """Loss of one seed and its gradient by the biases of the last layer (K, A), one transition and mixture at a time.
-
-    values, next_values: (B, A, K) of the networks and of their targets; mixtures: list of (K,).
-    """
-    _, action, reward, _, not_terminal = batch
-    loss, gradient = 0, np.zeros(values.shape[:0:-1])
-    for b, a in enumerate(action):
-        for alpha in mixtures:
-            next_q = max(sum(alpha[k] * next_values[b, i, k] for k in range(len(alpha))) for i in range(A))
-            error = sum(alpha * values[b, a]) - (reward[b] + gamma * not_terminal[b] * next_q)
-            loss += error**2 / 2 if abs(error) <= 1 else abs(error) - 0.5
-            gradient[:, a] += alpha * np.clip(error, -1, 1)
-    n = len(action) * len(mixtures)
-    return loss / n, gradient / n
+def test_mixtures():
+    """Normalised uniforms: of two the first is below 1/4 with probability 1/6, and not 1/4. The baseline's are the
+    networks alone, each once; the first, which plays, is each as often as the others."""
+    alpha = torch.cat([draw(range(40), step, num_networks=2) for step in range(250)])
+    assert alpha.shape == (10_000, 1, 2, 1) and (alpha > 0).all() and (alpha.sum(2) - 1).abs().max() < 1e-6
+    assert abs((alpha[:, 0, 0] < 0.25).float().mean() - 1 / 6) < 0.015 and abs(alpha[:, 0, 0].mean() - 0.5) < 0.01
+    assert len(alpha.unique()) > 9_900 and torch.equal(draw([5, 6], 7)[1], draw([6], 7)[0])
+    alone = torch.cat([draw(range(40), step, num_networks=3, bootstrapped=True) for step in range(100)])
+    assert alone.shape == (4000, 1, 3, 3) and set(alone.unique().tolist()) == {0.0, 1.0}
+    assert (alone.sum(2) == 1).all() and (alone.sum(3) == 1).all()
+    np.testing.assert_allclose(alone[:, 0, :, 0].mean(0), 1 / 3, atol=0.03)
 
 
-@both_agents
-def test_update_against_numpy(agent):
-    """Loss and gradient of two seeds with mixtures of their own: the mixture is taken before the maximum, and is the
-    same on both sides; then Adam moves the networks, and nothing moves their targets."""
-    args = make_args(agent=agent, num_seeds=2, num_networks=3, gamma=0.9)
-    agents = rem.MultiNetworkAgent(A, args, CPU)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in [*agents.network.parameters(), *agents.target_network.parameters()]:
-            p.add_(0.2 * torch.randn(p.shape, generator=generator))
-    batch = make_batch(S=2, B=8)
-    batch[2].mul_(2)  # errors on both sides of 1
-    mixtures = rem.mixtures_to_learn(torch.rand(2, 3, generator=generator), args)
-    adam, gradient, targets = agents.optimizers["network"], [], [p.clone() for p in agents.target_network.parameters()]
-    minimize, before = adam.minimize, [p.detach().clone() for p in agents.network.parameters()]
-
-    def spy(loss):
-        gradient.append(torch.autograd.grad(loss, agents.network.bias4, retain_graph=True)[0])
-        minimize(loss)
-
-    adam.minimize = spy
-    with torch.no_grad():
-        values, next_values = agents.network(batch[0]).numpy(), agents.target_network(batch[3]).numpy()
-    metrics = rem.update(agents, batch, mixtures, args)
-    for s in range(2):
-        of_seed = values[s], next_values[s], [x[s].numpy() for x in batch], mixtures[s].T.numpy(), 0.9
-        loss, by_bias = numpy_loss(*of_seed)
-        assert metrics["loss/td"][s].item() == pytest.approx(loss, rel=1e-4)
-        np.testing.assert_allclose(gradient[0][s].reshape(by_bias.shape), by_bias, rtol=1e-3, atol=1e-6)
-    assert not any(torch.equal(p, old) for p, old in zip(agents.network.parameters(), before))
-    assert all(map(torch.equal, agents.target_network.parameters(), targets))
+def numpy_values(parameters, frames):
+    """One network, five weights and five biases without padding, on frames (B, 4, 84, 84): (B, A)."""
+    x = np.float64(frames) / 255
+    weights, biases = parameters[:5], parameters[5:]
+    for weight, bias, stride in zip(weights, biases, (4, 2, 1)):
+        patches = np.lib.stride_tricks.sliding_window_view(x, weight.shape[-2:], (2, 3))[:, :, ::stride, ::stride]
+        x = np.maximum(np.einsum("bihwkl,oikl->bohw", patches, weight) + bias.reshape(-1, 1, 1), 0)
+    x = np.moveaxis(x, 1, -1).reshape(len(x), -1)
+    return np.maximum(x @ weights[3] + biases[3], 0) @ weights[4] + biases[4]
 
 
+def numpy_loss(networks, targets, batch, alphas, gamma):
+    """Loss of one seed, transition by transition and mixture by mixture, and the mean of the targets."""
+    obs, action, reward, next_obs, not_terminated = batch
+    values = [numpy_values(parameters, obs) for parameters in networks]
+    next_values = [numpy_values(parameters, next_obs) for parameters in targets]
+    terms = []
+    for alpha, b in itertools.product(alphas, range(len(action))):
+        best = max(sum(w * v[b, i] for w, v in zip(alpha, next_values)) for i in range(A))
+        y = reward[b] + gamma * not_terminated[b] * best
+        u = abs(sum(w * v[b, action[b]] for w, v in zip(alpha, values)) - y)
+        terms.append((u**2 / 2 if u <= 1 else u - 0.5, y))
+    return np.mean(terms, axis=0)
 
 
-def test_networks_are_separate():
-    """(S, B, A, K): first weights all differ, and moving network 1 of seed 0 changes its own values only."""
-    agents = rem.MultiNetworkAgent(A, make_args(num_seeds=2, num_networks=3), CPU)
-    weights = agents.network.weight0.flatten(0, 1)
-    assert len({w.sum().item() for w in weights}) == 6
-    frames = make_batch(S=2)[0]
-    with torch.no_grad():
-        before = agents.network(frames)
-        agents.network.weight2[0, 1] += 1
-        changed = (agents.network(frames) != before).any(1).any(1)  # (S, K)
-    assert before.shape == (2, 4, A, 3)
-    assert changed.tolist() == [[False, True, False], [False, False, False]]
-    assert torch.equal(agents.network.act(frames), agents.network(frames).mean(-1).argmax(-1))
+@both
+def test_update(baseline):
+    """Losses of two seeds; Adam's first step on parameters of every layer of every network, by differences of the
+    loss; nothing moves the targets."""
+    S, K, B = 2, 3, 5
+    small = {"channels": (2, 3, 2), "hidden_size": 5, "padding": "valid", "device": "cpu", "replay_size": 10}
+    args = rem.Args(num_networks=K, bootstrapped=baseline, num_seeds=S, gamma=0.9, learning_rate=1e-3, **small)
+    agent = rem.Agent(A, args)
+    torch.manual_seed(7)
+    for parameter in agent.parameters():
+        parameter.data.normal_(0, 0.2)
+    rng = np.random.default_rng(2)
+    frames = rng.integers(0, 256, (S, B, 5, 84, 84), dtype=np.uint8)
+    action, reward, mask = rng.integers(A, size=(S, B)), rng.choice([-2, 0, 2], (S, B)), rng.random((S, B)) > 0.3
+    batch = frames[:, :, :4], action, np.float32(reward), frames[:, :, 1:], np.float32(mask)
+    mixtures = draw(range(S), 3, num_networks=K, bootstrapped=baseline)
+
+    def parts(network, s):  # of a seed's networks
+        parameters = [*network.weights, *network.biases]
+        return [[p[s * K + k].detach().numpy().astype(float) for p in parameters] for k in range(K)]
+
+    before = [parts(agent.network, s) for s in range(S)]
+    targets = [parts(agent.target_network, s) for s in range(S)]
+    metrics = rem.update(agent, *map(torch.from_numpy, batch), mixtures, args)
+    alphas = [np.eye(K)] * S if baseline else mixtures[:, 0].mT.numpy()  # of a seed (J, K)
+    for s in range(S):
+        of_seed = targets[s], [x[s] for x in batch], alphas[s], 0.9
+        found = [metrics[name][s].item() for name in ("loss/td", "value/target_q")]
+        np.testing.assert_allclose(found, numpy_loss(before[s], *of_seed), rtol=1e-4)
+        after = parts(agent.network, s)
+        for k, i in np.ndindex(K, 10):
+            p = before[s][k][i]
+            place = np.unravel_index(rng.integers(p.size), p.shape)
+            start = p[place]
+            losses = [numpy_loss(before[s], *of_seed)[0] for p[place] in (start + 1e-6, start - 1e-6)]
+            p[place] = start
+            g = (losses[0] - losses[1]) / 2e-6
+            expected = -1e-3 * 0.001**0.5 / 0.1 * 0.1 * g / (0.001**0.5 * abs(g) + args.adam_eps)
+            assert after[k][i][place] - start == pytest.approx(expected, abs=1e-6 + 0.01 * abs(expected))
+        assert all(map(np.array_equal, sum(parts(agent.target_network, s), []), sum(targets[s], [])))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The training loop, on games that keep a log of their own
-# ---------------------------------------------------------------------------------------------------------------------
+# Play ---------------------------------------------------------------------------------------------
+def play(tmp_path, *flags, values=None):
+    """frames, action, reward, ended of a run, (steps, S, ...); `values` (A, K): what its networks say to all frames."""
+    seen = []
+    step, forward = rem.Games.step, rem.NatureNetwork.forward
+
+    def recording(games, action):
+        frames, before = games.obs[:, -1].copy(), games.returns * ~games.ended
+        step(games, action)
+        seen.append((frames, action.copy(), games.returns - before, games.ended.copy()))
+
+    def saying(network, frames):
+        if not values or not network.weights[0].requires_grad:  # the frozen ones do not play
+            return forward(network, frames)
+        return torch.tensor(values).expand(*frames.shape[:2], -1, -1)
+
+    with mock.patch.object(rem.Games, "step", recording), mock.patch.object(rem.NatureNetwork, "forward", saying):
+        run(tmp_path, *flags)
+    return [np.stack(x) for x in zip(*seen)]
 
 
-@both_agents
-def test_an_episode_has_one_mixture(run_main, monkeypatch, agent, tmp_path):
-    """Network k is made to want action k: an episode repeats one action, the next ones other actions."""
-
-    def forward(self, frames):
-        assert self.weight0.requires_grad  # the networks that learn, not their targets
-        return torch.eye(A).expand(*frames.shape[:2], A, A)
-
-    monkeypatch.setattr(rem.NatureNetworks, "forward", forward)
-    flags = "--learning-starts", 1, "--epsilon-steps", 1, "--epsilon", 0, "--update-every", 10**6, "--num-envs", 3
-    games = run_main(*BLIND, *flags, "--agent", agent, "--num-steps", 900, "--run-dir", tmp_path / "run")
-    for episodes in games.episodes:
-        chosen = [{action for _, action, _ in steps} for steps in episodes[2:]]  # the first ones began at random
-        assert {len(actions) for actions in chosen[:-1]} == {1}
-        assert set.union(*chosen) == set(range(A))
-    assert len({tuple(action for _, action, _ in sum(episodes[2:], []))[:60] for episodes in games.episodes}) == 3
+@both
+def test_an_episode_is_played_by_one_mixture(tmp_path, baseline):
+    """Network k wants action k, and 2 is the second best of both: only a mixture takes it. One action throughout; each
+    as often as the others: with alpha_0 above 3/5, below 2/5, between."""
+    flags = "--num-networks 2 --epsilon-steps 1 --epsilon 0 --learning-starts 0 --num-steps 1801 --num-seeds 2".split()
+    flags += ["--update-every", 10**6] + ["--bootstrapped"] * baseline
+    action = play(tmp_path, *flags, values=[[1.0, 0.0], [0.0, 1.0], [0.6, 0.6]])[1]
+    episodes = action[6:1800].reshape(299, 6, 2)  # without the first, which begins at random
+    assert (episodes == episodes[:, :1]).all()
+    counts = np.bincount(episodes[:, 0].flatten(), minlength=3) / (2 * 299)
+    np.testing.assert_allclose(counts, [0.5, 0.5, 0] if baseline else [1 / 3] * 3, atol=0.06)
+    assert 0.2 < (episodes[:, 0, 0] == episodes[:, 0, 1]).mean() < 0.7  # seeds have their own
 
 
-def test_every_update_has_its_own_mixture(run_main, monkeypatch, tmp_path):
-    """Through main(): each seed's, positive and of sum 1; targets are copied after every third update."""
-    mixtures, copied = [], []
-    update, synchronize = rem.update, rem.synchronize
-    monkeypatch.setattr(rem, "update", lambda *inputs: mixtures.append(inputs[2].clone()) or update(*inputs))
-    monkeypatch.setattr(rem, "synchronize", lambda agent: copied.append(len(mixtures)) or synchronize(agent))
-    flags = "--num-seeds", 2, "--num-steps", 60, "--learning-starts", 20, "--target-every", 3
-    run_main(*BLIND, *flags, "--run-dir", tmp_path / "run")
-    drawn = torch.stack(mixtures)
-    assert drawn.shape == (10, 2, 4, 1) and (drawn > 0).all() and copied == [3, 6, 9]
-    torch.testing.assert_close(drawn.sum(2), torch.ones(10, 2, 1))
-    assert len({alpha.numpy().tobytes() for alpha in drawn.flatten(0, 1)}) == 20
+def test_random_actions(tmp_path):
+    """All until learning starts, then fewer in a line, in the end one in five; a third of them look greedy."""
+    flags = "--learning-starts 600 --epsilon-steps 2400 --epsilon 0.2 --num-steps 4200 --num-seeds 2"
+    _, action, _, _ = play(tmp_path, *flags.split(), "--update-every", 10**6, values=[[0.0] * 4, [1.0] * 4, [0.0] * 4])
+    shares = (action != 1).reshape(7, 1200).mean(1) * 3 / 2
+    np.testing.assert_allclose(shares, [1, 0.9, 0.7, 0.5, 0.3, 0.2, 0.2], atol=0.07)
+    shares = [rem.share_of_random_actions(t, rem.Args()) for t in (0, 20_000, 145_000, 270_000, 10**7)]
+    np.testing.assert_allclose(shares, [1, 1, 0.505, 0.01, 0.01])
 
 
-def test_seed_k_among_two_is_the_run_with_seed_k(run_main, tmp_path):
-    """Through main(): the same games, mixtures and random actions, and the same agents after 50 updates."""
-    flags = *BLIND, "--num-steps", 230, "--learning-starts", 30, "--num-envs", 2, "--epsilon", 1, "--target-every", 20
-    run_main(*flags, "--seed", 3, "--num-seeds", 2, "--run-dir", tmp_path / "together")
-    run_main(*flags, "--seed", 4, "--run-dir", tmp_path / "alone")
-    together, alone = (checkpoint_of(tmp_path / name) for name in ("together", "alone"))
-    assert together["num_updates"] == 50 == alone["num_updates"]
-    assert torch.equal(together["mixture"][1], alone["mixture"][0])
-    for name, rows in together["memory"].items():
-        assert torch.equal(rows[1], alone["memory"][name][0]), name
-    for name, x in alone["agent"].items():
-        if not name.startswith("optimizers"):
-            torch.testing.assert_close(together["agent"][name][1], x[0], rtol=1e-3, atol=1e-5)
-    assert not torch.equal(together["mixture"][0], together["mixture"][1])
+def test_what_is_stored_and_logged(tmp_path):
+    """Rows of the memory in the order of play, three black ones before an episode, rewards clipped. The loader of
+    rem_atari.py draws from the files what was played, and knows the scores."""
+    flags = "--env-id Loud-v0 --replay-size 150 --num-steps 400 --learning-starts 60 --eval-episodes 2 --eval-every 200"
+    steps = play(tmp_path, *flags.split(), "--save-replay", tmp_path / "log")
+    frames, action, reward, ended = [x[:, 0] for x in steps]
+    rows = []
+    for t in range(400):
+        if t == 0 or ended[t - 1]:
+            rows += [(np.zeros((84, 84)), 0, 0, False)] * 3
+        rows.append((frames[t], action[t], np.clip(reward[t], -1, 1), ended[t]))
+    agent = harness.leaves(tmp_path / "run")
+    for n in range(len(rows) - 150, len(rows)):
+        stored = [agent[f"/agent/replay.{x}"][0, n % 150].numpy() for x in ("frame", "action", "reward", "terminal")]
+        assert all(map(np.array_equal, stored, rows[n])) and agent["/agent/replay.add_count"] == len(rows)
+
+    args = offline.Args(dataset=(str(tmp_path / "log"),), files_in_memory=9, device="cpu")
+    files, returns = offline.load_replay(args)
+    replay = offline.LoggedFrames(files, args, 0)
+    played = [n for n in range(3, len(rows) - 1) if 3 <= n % 150 < 148 and rows[n][0].any()]
+    assert len(replay.valid) == len(played) > 300 and returns.sum() == sum(rows[n][2] for n in played)
+    for row, n in zip(replay.valid.tolist(), played):
+        near = [rows[i][0] for i in range(n - 3, n + 2)][: 5 - rows[n][3]]
+        np.testing.assert_array_equal(replay.frames[row - 3 : row - 3 + len(near)], near)
+        assert [column[row].item() for column in replay.columns] == [*rows[n][1:3], not rows[n][3]]
+    best = harness.read_evaluations(tmp_path / "run")["return"].reshape(2, 2).mean(1).max()
+    found = json.loads((tmp_path / "log" / "replay.json").read_text()).values()
+    assert list(found) == ["Loud-v0", pytest.approx(reward[:60].sum() / 10), best]
 
 
-def test_resume(run_main, tmp_path):
-    """A run that goes on in the middle of episodes, with their mixtures, ends as one that was never stopped."""
-    flags = *SMALL, "--num-envs", 2, "--learning-starts", 20, "--epsilon-steps", 40, "--replay-size", 60
-    flags += "--eval-every", 50, "--eval-episodes", 2, "--target-every", 5
-    run_main(*flags, "--num-steps", 150, "--run-dir", tmp_path / "whole")
-    run_main(*flags, "--num-steps", 100, "--run-dir", tmp_path / "parts")
-    run_main("--resume", tmp_path / "parts", "--num-steps", 150)
-    assert differences(checkpoint_of(tmp_path / "parts"), checkpoint_of(tmp_path / "whole")) == []
-    ours, theirs = (tmp_path / name / "evaluations.csv" for name in ("parts", "whole"))
-    assert ours.read_text() == theirs.read_text()
+# Runs ---------------------------------------------------------------------------------------------
+@both
+def test_updates_of_a_run(tmp_path, baseline):
+    """Each of the 4 steps per update draws its own mixtures; the targets are copied after every second."""
+    flags = "--num-steps 66 --learning-starts 20 --target-every 2 --num-seeds 2".split() + ["--bootstrapped"] * baseline
+    flags = *TINY, *flags, "--run-dir", tmp_path / "run"
+    with mock.patch.object(rem, "synchronize") as synchronize:
+        _, inputs = harness.record_updates("rem_online_atari", *flags)
+    mixtures, obs, next_obs = [inputs[name] for name in ("mixtures", "obs", "next_obs")]
+    assert mixtures.shape == (11, 2, 1, 4, 4 if baseline else 1) and synchronize.call_count == 6
+    assert np.allclose(mixtures.sum(-2), 1) and (baseline or len(np.unique(mixtures)) == 88)
+    assert obs.shape == (11, 2, 3, 4, 84, 84) and np.array_equal(obs[:, :, :, 1:], next_obs[:, :, :, :3])
 
 
-@pytest.mark.parametrize("flags", [("--num-networks", 0), ("--agent", "dqn"), ("--optimizer", "adam")])
-def test_flags_out_of_range(run_main, capsys, flags, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        run_main(*BLIND, "--num-steps", 20, *flags, "--run-dir", tmp_path / "run")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and flags[0].strip("-") in error
-    assert not (tmp_path / "run").exists()
+def test_seed_k_among_two_is_the_run_with_seed_k(tmp_path):
+    flags = "--num-steps", 230, "--learning-starts", 30, "--target-every", 20, "--epsilon-steps", 100
+    run(tmp_path / "together", *flags, "--seed", 3, "--num-seeds", 2)
+    run(tmp_path / "alone", *flags, "--seed", 4)
+    together, alone = [harness.leaves(tmp_path / name / "run") for name in ("together", "alone")]
+    for name in filter(lambda name: "/agent/network" in name or "/agent/target" in name, alone):
+        torch.testing.assert_close(together[name][4:], alone[name], rtol=1e-3, atol=1e-6)
+    both, one = [x["/agent/replay.action"] for x in (together, alone)]
+    assert torch.equal(both[1:], one) and not torch.equal(both[0], both[1])
+
+
+def test_resume_and_evaluate(tmp_path, capsys):
+    """A resumed run keeps what it knows and goes on with a new episode; Adam goes on counting."""
+    folder = run(tmp_path, "--num-steps", 100, "--learning-starts", 20, "--eval-every", 50)
+    first = harness.leaves(folder)
+    harness.run_main("rem_online_atari", "--resume", folder, "--num-steps", 200, "--eval-episodes", 2)
+    then = harness.leaves(folder)
+    counts = [(x["/num_updates"], x["/optimizers/network/0/num_steps"]) for x in (first, then)]
+    assert counts == [(100, 20), (200, 45)]  # steps and updates
+    actions = [x["/agent/replay.action"][0, : 100 + 3 * 17] for x in (first, then)]
+    assert torch.equal(*actions) and then["/agent/replay.terminal"][0, 150]
+    harness.run_main("rem_online_atari", "--evaluate", folder)
+    assert "policies of step 200" in capsys.readouterr().out
+
+
+def test_rem_learns_catch(tmp_path):
+    flags = "--channels 4 8 8 --hidden-size 32 --batch-size 32 --learning-rate 2e-3 --adam-eps 1e-6 --num-networks 2"
+    flags += " --num-steps 2500 --learning-starts 500 --epsilon-steps 1500 --epsilon 0 --target-every 50"
+    flags += " --update-every 2 --eval-every 2500 --eval-episodes 40 --replay-size 4000"
+    assert harness.read_evaluations(run(tmp_path, *flags.split()))["return"].mean() >= 0.8
