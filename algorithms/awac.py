@@ -1,1327 +1,921 @@
-"""AWAC: advantage weighted actor-critic, as Cetin et al. (2024) run it; it can go on learning online.
+"""AWAC: advantage weighted actor-critic, offline and then, if asked, online (AWAC-ft).
 
-Papers: E. Cetin, A. Tirinzoni, M. Pirotta, A. Lazaric, Y. Ollivier, A. Touati, "Simple Ingredients for Offline
-Reinforcement Learning", 2024, arXiv:2403.13097; A. Nair, A. Gupta, M. Dalal, S. Levine, "AWAC: Accelerating Online
-Reinforcement Learning with Offline Datasets", 2020, arXiv:2006.09359; modern networks: J. Bjorck, C. P. Gomes,
-K. Q. Weinberger, "Towards Deeper Deep Reinforcement Learning with Spectral Normalization", 2021, arXiv:2106.01151.
+Papers: A. Nair et al., "AWAC: Accelerating Online Reinforcement Learning with Offline Datasets", 2020,
+arXiv:2006.09359; E. Cetin et al., "Simple Ingredients for Offline Reinforcement Learning", 2024,
+arXiv:2403.13097 (the form that is here, and the equation numbers); J. Bjorck et al., "Towards Deeper Deep
+Reinforcement Learning with Spectral Normalization", 2021, arXiv:2106.01151 (the modern networks).
 
-Idea. The best policy that stays close to the one that logged the data is the logging policy tilted by exp(A / beta).
-AWAC fits a Gaussian to it: it clones logged actions with these weights, normalised over the batch, and never moves the
-actor along a gradient of Q. As nothing ties it to a fixed dataset, the same update goes on online: its own steps are
-more data. The paper's larger finding is that scale matters more than the algorithm: hence --architecture,
---num-critics and --eval-samples.
+Idea. The best policy that stays close to the one that logged the data is that one tilted by exp(A / beta).
+AWAC fits a Gaussian to it: it clones logged actions with these weights, normalised over the batch, and
+never climbs Q. Nothing ties this to a fixed dataset, so the same update goes on online, where the agent's
+own steps join the logged ones. Cetin et al. find that scale matters more than the algorithm, hence
+--architecture, --num-critics and --eval-samples.
 
-Objectives (S seeds, C critics, B batch, O observation, A action; a~ is drawn from pi(.|s)):
-    ensemble  Q_bar = mean over i of Q_i - pessimism / (C^2 - C) sum over i, j of |Q_i - Q_j|                  section 4
-    critic    a' = clip(pi(s') + clip(std * normal noise, -noise_clip, noise_clip), -1, 1)
-              L_Q = 1/2 sum over C of mean (r + gamma (1 - terminated) Q_bar_target(s', a') - Q(s, a))^2             (1)
-    advantage A(s, a) = mean over i of Q_i(s, a) - Q_bar(s, a~)                                                      (3)
-    weights   w_i = exp(min(A_i, A_max) / beta) / sum over the batch of exp(min(A_k, A_max) / beta)             (5), (8)
-    actor     L_pi = -sum over the batch of w_i log pi(a_i|s_i)                                                      (5)
-    targets   Q_target <- (1 - polyak) Q_target + polyak Q
-Each update: critics, then the actor with the new critics, then targets (the order of the authors' code). Online, each
-step in the environment, with an action drawn from the policy, is followed by one such update.
+Objectives. Shapes: S seeds, C critics, B batch, O observation, A action, N transitions, E episodes, M
+samples; a~ is drawn from pi(.|s), a' from pi(.|s') with its noise clipped at 0.3.
+    ensemble  Q_bar = mean of Q_i - pessimism / (C^2 - C) sum over i, j of |Q_i - Q_j|      section 4
+    critic    L_Q  = 1/2 sum over C of mean (r + gamma (1 - terminated) Q_bar_target(s', a')
+                     - Q(s, a))^2                                                                 (1)
+    advantage A(s, a) = mean of Q_i(s, a) - Q_bar(s, a~)                                          (3)
+    weights   w_i = exp(min(A_i, A_max) / beta) / sum over the batch of exp(min(A_k, A_max) / beta)  (8)
+    actor     L_pi = -sum over the batch of w_i log pi(a_i|s_i)                                   (5)
+    targets   Q_target <- (1 - target_update_rate) Q_target + target_update_rate Q
+    acting    the best by Q_bar of M actions drawn from pi(.|s); M = 1: the mean of pi   Algorithm 1
 
 What differs from the papers and their code, and why.
-    - The advantage subtracts the pessimistic Q_bar at the policy's action from the plain mean at the logged one, as the
-      code of Cetin et al. does; eq. (3) has Q_1 in both places.
-    - The loss is eq. (5)'s sum of normalised weights, and log pi sums over action dimensions; the code takes the mean
-      of both. Adam does not notice the factors.
-    - Nair et al. have a policy with learned standard deviations; here they are constant and the mean is in [-1, 1].
-    - Online, batches are uniform over the offline data and all own steps so far, as in Nair et al. (BRED, Lee et al.,
-      2020, compares itself with their code over 250,000 such steps).
-    - Spectral norms are updated once per gradient step; in the authors' code at every forward pass in training mode.
-      Targets take over the vectors of power iteration, and evaluation leaves them alone.
-    - The paper searched grids (Table 8) and reports the best cell of each task. A preset sets beta to a middle value.
-    - beta is in units of return, and a middle value for the paper's tasks is none for every reward: on hopper/replay-v0
-      the preset's 0.5 clones next to nothing (a score of 3), and 20 learns.
-    - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
-    - Weights, draws and noise come from generators of each seed's own, so that a seed gives the same run alone or
-      among others.
+    - From Cetin et al.'s code, as their paper is silent: critics before the actor, 1/2 in (1), Q_bar in
+      targets and Algorithm 1, the policy's constant deviation, and (3), which has Q_1 twice. Nair et al.
+      learn the deviation.
+    - (5) as printed; the code takes means over batch and action dimensions, which Adam does not notice.
+    - Power iteration goes one step per gradient step, in the code one per forward pass.
+    - Cetin et al. report the best cell of a grid (Table 8); a preset's beta is a middle value, in units of
+      return: on hopper/replay-v0 0.5 clones next to nothing (a score of 3), and 20 learns. Online, beta
+      is 2, as Nair et al. have it, with Cetin et al.'s small networks in place of 4x256.
+    - Online, each step in the environment, with an action drawn from pi, pays for one update on a batch
+      that is uniform over the data and the agent's own steps. Steps go on in the count of updates.
+    - A run that is resumed online goes on from its last checkpoint with a new episode.
 
-Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
-Run:      python algorithms/awac.py --beta 20 --polyak 0.02 --batch-size 256 --hidden-sizes 64 64 --num-updates 8000
-Scaled:   python algorithms/awac.py --dataset hopper/replay-v0 --preset locomotion
-Online:   python algorithms/awac.py --dataset hopper/replay-v0 --num-updates 50000 --online-steps 250000
-Expected: 21 ± 0 by the first command (three seeds; benchmarks.md, scaled_awac); the data's average episode: 12.
-          The paper's million updates: not run yet.
+Run:      python algorithms/awac.py --beta 20 --target-update-rate 0.02 --batch-size 256
+          --hidden-sizes 64 64 --num-updates 8000 --eval-samples 1
+Expected: score 21 +- 0 (three seeds); the average episode of the data has 12
+Online:   --preset online --batch-size 1024
+Paper:    --preset locomotion
+Nine tenths of the data random:  --preset locomotion-0.1
+AntMaze:  --preset antmaze --reward-transform shift --eval-every 100000 --eval-episodes 100
 """
 
-import contextlib
 import copy
-import csv
-import ctypes
-import io
 import json
 import math
 import multiprocessing
 import os
 import pickle
-import shlex
-import shutil
-import signal
-import subprocess
+import re
 import sys
 import threading
 import time
-import urllib.request
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import distributions
-from itertools import pairwise, takewhile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import h5py
+import minari
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays as one CUDA graph
+# Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
+# Purposes are never 0, because numpy ignores zeros at the end
+DRAWS = 1
+EVALUATION = 2
+EXPLORATION = 3
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
+POLICY_STD = 0.2  # of every action, in every state
+NOISE_CLIP = 1.5  # standard deviations, 0.3: bound of the policy's noise where critics bootstrap
+
+
+# The paper's testbeds (Tables 7 and 8, Figure 7), beta in the middle of its grid; small: as in its Table 1;
+# online: as Nair et al., in Lee et al.'s comparison (2020)
+AWAC_TESTBEDS = {
+    "preset": (
+        "architecture",
+        "num_critics",
+        "pessimism",
+        "beta",
+        "max_advantage",
+        "num_updates",
+        "online_steps",
+    ),
+    "small": ("simple-small", 2, 0.5, 0.5, math.inf, 1_000_000, 0),
+    "antmaze": ("modern", 5, 0.0, 0.1, 1.0, 2_000_000, 0),
+    "locomotion": ("modern", 5, 0.5, 0.5, math.inf, 2_000_000, 0),
+    "locomotion-0.1": ("modern", 10, 0.5, 1.5, math.inf, 2_000_000, 0),
+    "online": ("simple-small", 2, 0.5, 2.0, math.inf, 50_000, 250_000),
+}
 
 
 @dataclass
 class Args:
-    dataset: tuple[str, ...] = ("hopper/replay-v0",)
-    """Minari ids, Minari folders or D4RL .hdf5 files, concatenated; `ID:0.1` takes a tenth of the episodes"""
-    env_id: str | None = None
-    """evaluation environment; default: the dataset's own (D4RL files: from the file's name)"""
-    seed: int = 0
-    """first seed; agent k uses seed + k"""
-    num_seeds: int = 1
-    """agents trained side by side in one batched computation (the axis S)"""
-    preset: Literal["small", "mood", "antmaze", "locomotion", "locomotion-0.1"] = "small"
-    """what the paper does on its testbeds: defaults of architecture, num_critics, pessimism, beta, max_advantage and
-    num_updates. small: the networks of its Table 1 and the updates common elsewhere; locomotion-0.1: nine tenths of
-    random data"""
-    architecture: Literal["simple-small", "simple-large", "modern"] | None = None
-    """actor and critics: 2x256 and 2x256, 5x1024 and 3x256, or the latter with residual blocks, LayerNorm and spectral
-    normalisation (Table 7, Figure 6)"""
-    hidden_sizes: tuple[int, ...] | None = None
-    """widths of the hidden layers of every network; default: the architecture's. modern: all equal,
-    one for the first layer and two for each residual block"""
-    num_critics: int | None = None
-    """critics in the ensemble (the axis C)"""
-    pessimism: float | None = None
-    """lambda: how far Q_bar is below the critics' mean, in units of their mean distance; 0.5 with 2 critics is their
-    minimum"""
-    num_updates: int | None = None
-    """gradient steps; MOOD's humanoid: 5,000,000"""
-    online_steps: int = 0
-    """environment steps per seed after these updates, with one more update each; they continue the count of updates"""
-    batch_size: int = 512
-    """transitions per update and seed (the axis B)"""
-    learning_rate: float = 3e-4
-    """Adam step size of actor and critics; the paper tries 1e-4, too"""
-    gamma: float = 0.99
-    """discount factor"""
-    beta: float | None = None
-    """temperature of the advantages, in units of return; the paper tries 0.1 to 3 (MOOD, locomotion), 0.1 to 20
-    (locomotion-0.1) and 0.03 to 0.5 (AntMaze)"""
-    max_advantage: float | None = None
-    """A_max: bound of the advantages before they are divided by beta"""
-    policy_std: float = 0.2
-    """standard deviation of the policy in every action dimension (actions are in [-1, 1])"""
-    noise_clip: float = 0.3
-    """bound of the policy's noise where the critics bootstrap"""
-    polyak: float = 0.005
-    """share of the online critics in their targets at every update (1 - rho in the paper)"""
-    reward_transform: Literal["auto", "none", "scale", "shift"] = "auto"
-    """what the learner sees: scale: r * 1000 / (R_max - R_min); shift: r - 1; auto: shift for AntMaze and PointMaze,
-    else none"""
-    eval_every: int = 5_000
-    """updates between evaluations; AntMaze: 100,000"""
-    eval_episodes: int = 10
-    """episodes per evaluation and seed; AntMaze: 100; 0: never evaluate"""
-    eval_samples: int = 50
-    """M: beside the policy's mean action (evaluations.csv), evaluate the best of so many draws by Q_bar (Algorithm 1;
-    evaluations_m50.csv); 1: the mean action only"""
-    eval_workers: int | None = None
-    """processes that evaluate beside training (0: inline; default: one per seed, as far as there are cores)"""
-    checkpoint_every: int = 50_000
-    """updates between checkpoints; a stop by Ctrl-C or SIGTERM writes one too"""
-    log_every: int = 1_000
-    """updates between entries in TensorBoard"""
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    allow_tf32: bool = False
-    """let a GPU multiply matrices in TF32: faster, 10 bits of mantissa"""
-    run_dir: str | None = None
-    """where the results go; default runs/awac/<dataset>/<seeds>-<time>"""
-    resume: str | None = None
-    """continue the run in this folder, exactly where its last checkpoint stands"""
-    evaluate: str | None = None
-    """evaluate the policies of the run in this folder, train nothing"""
-    capture_video: bool = False
-    """with --evaluate: record each seed's first episode to RUN_DIR/videos"""
+    dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids or folders, D4RL files; `ID:0.1`: a tenth of them
+    env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: of the first dataset
+    seed: int = 0  # first seed; agent s uses seed + s
+    num_seeds: int = 1  # agents trained side by side in one batched computation
+    preset: Literal["small", "antmaze", "locomotion", "locomotion-0.1", "online"] = "small"  # of the next 7 flags
+    architecture: Literal["simple-small", "simple-large", "modern"] | None = None  # networks of Table 7
+    num_critics: int | None = None  # critics in the ensemble
+    pessimism: float | None = None  # lambda: how far Q_bar is below the mean; 0.5 of 2 critics: their minimum
+    beta: float | None = None  # temperature of the advantages, in units of return
+    max_advantage: float | None = None  # A_max: bound of the advantages before they are divided by beta
+    num_updates: int | None = None  # gradient steps offline
+    online_steps: int | None = None  # environment steps of each seed after these, with one update each
+    batch_size: int = 512  # transitions per update and seed
+    hidden_sizes: tuple[int, ...] = ()  # widths of the hidden layers of every network; default: Table 7
+    learning_rate: float = 3e-4  # Adam's step size; the paper tries 1e-4 too
+    gamma: float = 0.99  # discount factor
+    target_update_rate: float = 0.005  # share of the critics in their targets at every update
+    reward_transform: Literal["shift", "none"] = "none"  # shift: r - 1
+    eval_every: int = 5_000  # updates between evaluations, each of which comes with a checkpoint
+    eval_episodes: int = 10  # episodes per evaluation and seed; 0: never evaluate
+    eval_samples: int = 50  # M: act as the best by Q_bar of so many draws, Algorithm 1; 1: as the mean
+    log_every: int = 1_000  # updates between entries in TensorBoard
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where training runs
+    run_dir: str | None = None  # where the results go; default: runs/SCRIPT/DATASET/SEED-TIME-PROCESS
+    resume: str | None = None  # continue the run in this folder from its last checkpoint, online in a new episode
+    evaluate: str | None = None  # evaluate the policies of the run in this folder, train nothing
+    capture_video: bool = False  # film the evaluations (on a machine without screen: MUJOCO_GL=egl)
 
     def __post_init__(self):
-        """Flags that the user has left open take the preset's value."""
-        for name, value in TESTBEDS[self.preset].items():
-            if getattr(self, name, 0) is None:
+        for name, value in zip(AWAC_TESTBEDS["preset"], AWAC_TESTBEDS[self.preset]):
+            if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.hidden_sizes = tuple(self.hidden_sizes)  # JSON makes a list of it
+        self.dataset = tuple(  # files by their full path, so that a run goes on from anywhere
+            os.path.abspath(name) if os.path.exists(NAME.fullmatch(name)[1]) else name
+            for name in self.dataset
+        )
+        rates = self.gamma, self.target_update_rate
+        if not all(0 <= rate <= 1 for rate in rates):
+            sys.exit("error: gamma and target_update_rate are rates; give numbers in [0, 1]")
+        if self.num_critics < 2:
+            sys.exit("error: Q_bar compares critics with each other; give --num-critics 2 or more")
+        if self.online_steps and not self.eval_episodes:
+            sys.exit("error: the online stage is in the environment of the evaluations; give --eval-episodes 1")
+        periods = self.num_updates, self.eval_every, self.log_every
+        if any(period <= 0 or period % CHUNK for period in periods) or self.online_steps % CHUNK:
+            sys.exit(f"error: updates, steps, eval_every and log_every count in {CHUNK}s; give multiples of it")
 
 
-# widths of the hidden layers (Table 7); the modern networks are as large: two layers to a block, after the first
-ARCHITECTURES = {
-    "simple-small": {"actor": (256,) * 2, "critic": (256,) * 2, "value": (256,) * 2},
-    "simple-large": {"actor": (1024,) * 5, "critic": (256,) * 3, "value": (1024,) * 2},
-}
-ARCHITECTURES |= {"modern": ARCHITECTURES["simple-large"]}
-
-# the paper's settings (Tables 7 and 8, Figure 7); beta is a middle value of the grid
-TESTBEDS = {
-    "small": {
-        "architecture": "simple-small",
-        "num_critics": 2,
-        "pessimism": 0.5,
-        "beta": 0.5,
-        "max_advantage": math.inf,
-        "num_updates": 1_000_000,
-    },
-    "mood": {
-        "architecture": "simple-large",
-        "num_critics": 5,
-        "pessimism": 0.5,
-        "beta": 0.5,
-        "max_advantage": math.inf,
-        "num_updates": 1_500_000,
-    },
-    "antmaze": {
-        "architecture": "modern",
-        "num_critics": 5,
-        "pessimism": 0.0,
-        "beta": 0.1,
-        "max_advantage": 1.0,
-        "num_updates": 2_000_000,
-    },
-    "locomotion": {
-        "architecture": "modern",
-        "num_critics": 5,
-        "pessimism": 0.5,
-        "beta": 0.5,
-        "max_advantage": math.inf,
-        "num_updates": 2_000_000,
-    },
-    "locomotion-0.1": {
-        "architecture": "modern",
-        "num_critics": 10,
-        "pessimism": 0.5,
-        "beta": 1.5,
-        "max_advantage": math.inf,
-        "num_updates": 2_000_000,
-    },
-}
-
-# flags that may differ when a run goes on or is evaluated: they do not change what an update computes
-RESUME_MAY_CHANGE = {"resume", "evaluate", "run_dir", "device", "num_updates", "eval_episodes", "eval_workers"}
-RESUME_MAY_CHANGE |= {"checkpoint_every", "log_every", "capture_video", "eval_samples", "online_steps"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The idea: clone logged actions, the better the more
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# The idea: clone logged actions, the better the more ----------------------------------------------
 def advantage_weights(advantage, max_advantage, beta):
-    """How much each logged action of a batch counts, eqs. (5) and (8): a softmax over the batch of advantage (S, B)."""
+    """How much each logged action of a batch counts, (8): a softmax over the batch of advantages (S, B)."""
     return (advantage.clamp(max=max_advantage) / beta).softmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def orthogonal(weight, bias, generator):
-    """Orthogonal weight (in, out) with gain sqrt(2), which suits a ReLU behind it; zero bias (out)."""
-    nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)
-    bias.zero_()
-
-
-def unit_orthogonal(weight, bias, generator):
-    """Orthogonal weight (in, out) with gain 1, zero bias (out): what the scaled actors start from."""
-    nn.init.orthogonal_(weight, generator=generator)
+# Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
+def orthogonal_with_gain(gain, weight, bias, generator):
+    """First values of any layer: weight (in, out), bias (1, out)."""
+    nn.init.orthogonal_(weight, gain, generator)
     bias.zero_()
 
 
 class MLP(nn.Module):
-    """`lead` independent ReLU networks side by side: weights (*lead, in, out), one batched product per layer.
+    """S * C independent networks side by side: weights (S * C, in, out), one batched product a layer."""
 
-    lead: (S,) or (S, C); init(weight, bias, generator) fills one layer of one network in place;
-    generators: one torch.Generator per seed, so that the weights of a seed do not depend on its neighbours.
-    """
-
-    def __init__(self, lead, sizes, init, generators, dropout=0.0):
+    def __init__(self, sizes, init, generators, C=1, activation=torch.relu_):
         super().__init__()
-        self.lead, self.dropout, self.layers = lead, dropout, []
-        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            weight, bias = torch.zeros(*lead, fan_in, fan_out), torch.zeros(*lead, 1, fan_out)
-            for s, generator in enumerate(generators):
-                for w, b in zip(weight[s].view(-1, fan_in, fan_out), bias[s].view(-1, fan_out)):
-                    init(w, b, generator)
-            self.layers.append((nn.Parameter(weight), nn.Parameter(bias)))
-            self.register_parameter(f"weight{i}", self.layers[i][0])
-            self.register_parameter(f"bias{i}", self.layers[i][1])
+        self.C = C
+        self.activation = activation
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for fan_in, fan_out in zip(sizes, sizes[1:]):
+            weight = torch.empty(len(generators) * C, fan_in, fan_out)
+            bias = torch.empty(len(generators) * C, 1, fan_out)
+            for i in range(len(weight)):
+                init(weight[i], bias[i], generators[i // C])  # views, filled in place
+            self.weights.append(weight)  # which makes it a Parameter
+            self.biases.append(bias)
 
     def forward(self, x):
-        """x (S, B, in) -> (*lead, B, out)."""
-        if len(self.lead) > 1:  # every critic of a seed sees the same input
-            x = x[:, None].expand(-1, self.lead[1], -1, -1).flatten(0, 1)
-        for i, (weight, bias) in enumerate(self.layers):
-            if len(self.lead) > 1:  # the batched product takes one leading axis
-                weight, bias = weight.flatten(0, 1), bias.flatten(0, 1)
+        """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
+        if self.C > 1:
+            x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            if i > 0:
+                x = self.activation(x)
             if weight.shape[-1] > 1:
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
-            if i < len(self.layers) - 1:
-                x = x.relu_()
-                if self.dropout:
-                    x = F.dropout(x, self.dropout, self.training)
-        return x.unflatten(0, self.lead) if len(self.lead) > 1 else x
-
-
-class Adam(nn.Module):
-    """Adam (Kingma and Ba, 2015) by torch's fused kernel, with all of its state in fixed buffers.
-
-    torch.optim.Adam computes the same, but its bookkeeping costs time that small networks notice, and state that is
-    there from the start goes into CUDA graphs and checkpoints without further ado.
-    """
-
-    def __init__(self, parameters, learning_rate):
-        super().__init__()
-        self.params = list(parameters)
-        device = self.params[0].device
-        self.register_buffer("learning_rate", torch.tensor(learning_rate, device=device))  # may follow a schedule
-        self.register_buffer("num_steps", torch.zeros((), device=device))
-        for i, parameter in enumerate(self.params):
-            self.register_buffer(f"mean{i}", torch.zeros_like(parameter))
-            self.register_buffer(f"square{i}", torch.zeros_like(parameter))
-
-    def minimize(self, loss):
-        """One step on this optimiser's own parameters; no other parameter gets a gradient."""
-        grads = torch.autograd.grad(loss, self.params)
-        learning_rate, num_steps, *moments = self.buffers()
-        with torch.no_grad():
-            num_steps.add_(1)
-            torch._fused_adam_(
-                self.params, grads, moments[::2], moments[1::2], [], [num_steps] * len(grads), lr=learning_rate,
-                beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
+        return x.unflatten(0, (-1, self.C)).squeeze(1)  # no C where it is 1
 
 
 class ModernMLP(MLP):
-    """Residual blocks x + W2 relu(W1 LayerNorm(x)) between a first and a last layer, W1 and W2 divided by their largest
-    singular values (Bjorck et al., 2021; Figure 6).
+    """Residual blocks x + W2 relu(W1 LayerNorm(x)) between a first and a last layer, W1 and W2 divided by
+    their largest singular values (Bjorck et al.; Figure 6). An odd number of equal hidden sizes."""
 
-    Arguments and result as those of MLP, and all of its weights; the widths are equal, and their number is odd.
-    Power iteration runs, one step at a time, where gradients are taken in training mode, and 15 steps in __init__.
-    """
+    def __init__(self, sizes, init, generators, C=1):
+        super().__init__(sizes, init, generators, C)
+        assert len(sizes) % 2, "hidden sizes: one for the first layer and two for each block"
+        _, width, *inner, _ = sizes
+        shape = len(generators) * C, len(inner), 1, width
+        self.register_buffer("stretched", torch.full(shape, width**-0.5))  # unit vectors, see inner_layer
+        self.scale = nn.Parameter(torch.ones(shape)[:, ::2].clone())  # of LayerNorm, one for each block
+        self.shift = nn.Parameter(torch.zeros(shape)[:, ::2].clone())
 
-    def __init__(self, lead, sizes, init, generators):
-        super().__init__(lead, sizes, init, generators)
-        width = sizes[1]
-        for i in range(1, len(sizes) - 2):  # every layer of a block
-            u = torch.stack([torch.randn(*lead[1:], 1, width, generator=generator) for generator in generators])
-            self.register_buffer(f"u{i}", u)  # left and right singular vectors
-            self.register_buffer(f"v{i}", torch.zeros(*lead, 1, width))
-            for _ in range(15):
-                self.power_iteration(i)
-            if i % 2:  # the first of its block
-                self.register_parameter(f"norm_weight{i}", nn.Parameter(torch.ones(*lead, 1, width)))
-                self.register_parameter(f"norm_bias{i}", nn.Parameter(torch.zeros(*lead, 1, width)))
-
-    @torch.no_grad()
-    def power_iteration(self, i):
-        """Brings u and v closer to the singular vectors of the weight's largest singular value."""
-        weight, u, v = self.layers[i][0], self.get_buffer(f"u{i}"), self.get_buffer(f"v{i}")
-        v.copy_(F.normalize(u @ weight, dim=-1))
-        u.copy_(F.normalize(v @ weight.mT, dim=-1))
-
-    def normalized_weight(self, i):
-        """weight / sigma with sigma = u W v, which has a gradient, too."""
-        if self.training and torch.is_grad_enabled():
-            self.power_iteration(i)
-        weight, u, v = self.layers[i][0], self.get_buffer(f"u{i}").clone(), self.get_buffer(f"v{i}").clone()
-        return weight / (u @ weight * v).sum(-1, keepdim=True)
+    def inner_layer(self, i, x):
+        """x times weight i over its largest singular value, plus bias i. Power iteration, which turns
+        `stretched` to where the weight stretches most, goes one step where gradients are taken."""
+        weight = self.weights[i]
+        v = self.stretched[:, i - 1]
+        if torch.is_grad_enabled():
+            constant = weight.detach()
+            v.copy_(nn.functional.normalize(v @ constant.mT @ constant, dim=-1))
+        sigma = (v.clone() @ weight.mT).norm(dim=-1, keepdim=True)  # has a gradient too
+        return torch.baddbmm(self.biases[i], x / sigma, weight)
 
     def forward(self, x):
-        """x (S, B, in) -> (*lead, B, out)."""
-        if len(self.lead) > 1:  # every critic of a seed sees the same input
-            x = x[:, None].expand(-1, self.lead[1], -1, -1)
-        (first, first_bias), *_, (last, last_bias) = self.layers
-        x = (x @ first + first_bias).relu_()
-        for i in range(1, len(self.layers) - 1, 2):
-            h = F.layer_norm(x, x.shape[-1:]) * self.get_parameter(f"norm_weight{i}")
-            h = h + self.get_parameter(f"norm_bias{i}")
-            h = (h @ self.normalized_weight(i) + self.layers[i][1]).relu_()
-            x = x + (h @ self.normalized_weight(i + 1) + self.layers[i + 1][1])
-        return x @ last + last_bias if last.shape[-1] > 1 else (x * last.mT).sum(-1, keepdim=True) + last_bias
+        """As MLP's."""
+        x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
+        x = torch.baddbmm(self.biases[0], x, self.weights[0]).relu_()
+        for i in range(1, len(self.weights) - 1, 2):
+            h = nn.functional.layer_norm(x, x.shape[-1:])
+            h = h * self.scale[:, i // 2] + self.shift[:, i // 2]
+            h = self.inner_layer(i, h).relu_()
+            x = x + self.inner_layer(i + 1, h)
+        x = torch.baddbmm(self.biases[-1], x, self.weights[-1])
+        return x.unflatten(0, (-1, self.C)).squeeze(1)
 
 
-def make_network(args, role, lead, in_dim, out_dim, init, generators):
-    """The network of --architecture for a role: actor or critic."""
-    sizes = [in_dim, *(args.hidden_sizes or ARCHITECTURES[args.architecture][role]), out_dim]
-    return (ModernMLP if args.architecture == "modern" else MLP)(lead, sizes, init, generators)
+# Table 7: what is between the layers, hidden sizes of the actor, of a critic
+ARCHITECTURES = {
+    "simple-small": (MLP, [256] * 2, [256] * 2),
+    "simple-large": (MLP, [1024] * 5, [256] * 3),
+    "modern": (ModernMLP, [1024] * 5, [256] * 3),
+}
 
 
 class ConstantStdActor(nn.Module):
-    """pi(a|s) = Normal(tanh(net(s)), std) with the same std everywhere; what is drawn is clipped to [-1, 1]."""
+    """pi(a|s) = Normal(tanh(net(s)), POLICY_STD); what is drawn is clipped to [-1, 1]."""
 
-    def __init__(self, net, std):
+    def __init__(self, net):
         super().__init__()
-        self.net, self.std = net, std
+        self.net = net
 
     def forward(self, obs):
-        """The mean (S, B, A) in [-1, 1] of the policy at obs (S, B, O)."""
-        return self.net(obs).tanh()
+        return self.net(obs).tanh()  # (S, B, A), the mean
 
-    def sample(self, mean, noise, noise_clip=None):
-        """Actions (S, ..., A) from standard normal noise; no further than noise_clip from the mean, if given."""
-        offset = self.std * noise
-        return (mean + (offset if noise_clip is None else offset.clamp(-noise_clip, noise_clip))).clamp(-1, 1)
-
-    def log_prob(self, mean, action):
-        """log of the unclipped Gaussian's density, summed over the action dimensions: (S, B, A) each -> (S, B)."""
-        z = (action - mean) / self.std
-        return (-0.5 * z.square() - math.log(self.std) - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-    def act(self, obs):
-        """The deterministic action (S, B, A) in [-1, 1] that evaluations use."""
-        return self(obs)
+    def sample(self, mean, noise):
+        """Actions from standard normal noise."""
+        return (mean + POLICY_STD * noise).clamp(-1, 1)
 
 
 class BestOfSamples(nn.Module):
-    """Evaluation sampling (Algorithm 1): acts as the best, by Q_bar, of num_samples actions drawn from the policy."""
+    """Acts as the best by Q_bar of M draws from the policy, Algorithm 1; where M is 1, as its mean. An
+    episode's noise is a function of its first observation, and so of seed, update and episode."""
 
     def __init__(self, agent, args):
         super().__init__()
-        self.actor, self.critic = agent.actor, agent.critic
-        self.num_samples, self.pessimism, self.generators = args.eval_samples, args.pessimism, None
-        seeds = torch.arange(args.seed, args.seed + args.num_seeds, device=next(agent.parameters()).device)
-        self.register_buffer("noise_seeds", seeds)  # of the draws, which start anew with every evaluation
+        self.actor = agent.actor
+        self.critic = agent.critic
+        self.args = args
+        self.generators = None
 
-    def act(self, obs):
-        """obs (S, B, O) -> actions (S, B, A) in [-1, 1]."""
-        self.critic.lead = len(obs), *self.critic.lead[1:]  # policy_of_seed may have left one seed of many
-        if self.generators is None:
-            self.generators = [torch.Generator().manual_seed(int(seed)) for seed in self.noise_seeds]
-        mean = self.actor(obs)[:, None]  # (S, 1, B, A)
-        shape = self.num_samples, *mean.shape[2:]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
-        actions = self.actor.sample(mean, noise.to(obs.device))  # (S, M, B, A)
-        repeated_obs = obs[:, None].expand(-1, self.num_samples, -1, -1)
-        q = self.critic(torch.cat([repeated_obs, actions], -1).flatten(1, 2)).squeeze(-1)  # (S, C, M * B)
-        best = pessimistic(q, self.pessimism).view(actions.shape[:3]).argmax(1)  # (S, B)
-        return actions.gather(1, best[:, None, :, None].expand(-1, -1, -1, actions.shape[-1])).squeeze(1)
+    def forward(self, obs):  # (S, 1, O)
+        mean = self.actor(obs)
+        if self.args.eval_samples == 1:
+            return mean
+        if self.generators is None:  # the episode begins
+            bits = obs.squeeze(1).numpy().view(np.uint32)
+            self.generators = [np.random.default_rng(entropy) for entropy in bits]
+        shape = self.args.eval_samples, mean.shape[-1]
+        noise = [generator.standard_normal(shape, np.float32) for generator in self.generators]
+        noise = torch.from_numpy(np.stack(noise))
+        action = self.actor.sample(mean, noise)  # (S, M, A)
+        obs = obs.expand(-1, self.args.eval_samples, -1)
+        q = q_bar(self.critic, obs, action, self.args.pessimism)  # (S, M)
+        best = q.argmax(1)
+        return action.take_along_dim(best[:, None, None], 1)
 
 
-class AWACAgent(nn.Module):
-    """Networks and optimisers of S independent agents."""
+class Agent(nn.Module):
+    """Networks and optimizers of S independent agents."""
 
-    def __init__(self, obs_dim, action_dim, args, device):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        S, C = args.num_seeds, args.num_critics
-        generators = [torch.Generator().manual_seed(args.seed + s) for s in range(S)]
-        self.widths = [obs_dim, action_dim, 1, obs_dim, 1]  # of a packed transition: s, a, r, s', not terminated
-        actor_net = make_network(args, "actor", (S,), obs_dim, action_dim, unit_orthogonal, generators)
-        self.actor = ConstantStdActor(actor_net, args.policy_std)
-        self.critic = make_network(args, "critic", (S, C), obs_dim + action_dim, 1, orthogonal, generators)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False).eval()
-        self.to(device)
-        networks = {"actor": self.actor, "critic": self.critic}
-        adams = {name: Adam(network.parameters(), args.learning_rate) for name, network in networks.items()}
-        self.optimizers = nn.ModuleDict(adams)
+        # one generator per seed, so that its weights do not depend on its neighbours
+        generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.num_seeds)]
+        network, actor_hidden, critic_hidden = ARCHITECTURES[args.architecture]
+        actor_sizes = [obs_dim, *(args.hidden_sizes or actor_hidden), action_dim]
+        critic_sizes = [obs_dim + action_dim, *(args.hidden_sizes or critic_hidden), 1]
+        actor_net = network(actor_sizes, partial(orthogonal_with_gain, 1), generators)
+        self.actor = ConstantStdActor(actor_net)
+        init = partial(orthogonal_with_gain, math.sqrt(2))
+        self.critic = network(critic_sizes, init, generators, C=args.num_critics)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.to(args.device)
+        self.optimizers = {}
+        for name in ("critic", "actor"):
+            parameters = getattr(self, name).parameters()
+            rate = torch.tensor(args.learning_rate, device=args.device)  # a number would be recorded
+            adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
+            self.optimizers[name] = adam
+
+    @torch.no_grad()
+    def explore(self, obs, noise):
+        """What the online stage does at obs (S, O): actions (S, A) drawn with noise (S, 1, A)."""
+        mean = self.actor(obs[:, None])
+        return self.actor.sample(mean, noise).squeeze(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The update
-# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers and replay ------------------------------------------------------------------------
+def draw_uniforms_and_noise(seeds, batch_size, noise_shape, device, step):
+    """What CHUNK updates from `step` on take at random, (CHUNK, S, ...): float64 numbers in [0, 1), for their
+    batches, and standard normal noise; each seed draws its own."""
+    uniforms = []
+    noise = []
+    for seed in seeds:
+        entropy = np.random.SeedSequence((seed, DRAWS, step)).generate_state(1).item()
+        generator = torch.Generator(device).manual_seed(entropy)
+        options = {"generator": generator, "device": device}
+        uniforms.append(torch.rand(CHUNK, batch_size, dtype=torch.float64, **options))
+        noise.append(torch.randn(CHUNK, *noise_shape, **options))
+    return torch.stack(uniforms, 1), torch.stack(noise, 1)
 
 
-def pessimistic(q, pessimism):
-    """Q_bar: the critics' mean less `pessimism` times their mean distance from each other. q (S, C, B) -> (S, B)."""
+class Replay(nn.Module):
+    """Rows to draw batches from, on one device: first `data` (N, width), which all seeds share and which may be
+    empty, then the newest `size` steps of each seed. Checkpoints have the steps, the oldest first."""
+
+    def __init__(self, data, num_seeds, size):
+        super().__init__()
+        self.num_data = len(data)
+        self.size = size
+        self.num_added = 0
+        steps = data.new_zeros(num_seeds * size, data.shape[1])
+        self.rows = torch.cat([data, steps])
+        self.steps = self.rows[len(data) :].unflatten(0, (num_seeds, size))  # the same memory
+        self.offset = size * torch.arange(num_seeds, device=data.device)[:, None]
+
+    def add(self, columns):
+        """One step of every seed, in columns (S, width of the column)."""
+        row = np.concatenate(columns, axis=1, dtype=np.float32)
+        self.steps[:, self.num_added % self.size] = torch.from_numpy(row)
+        self.num_added += 1
+
+    def index(self, uniform):
+        """Where in `rows` a batch is, (S, B): each seed draws evenly from the data and its own steps."""
+        num_rows = self.num_data + min(self.num_added, self.size)
+        index = (uniform * num_rows).long()
+        return index + self.offset * (index >= self.num_data)
+
+    def get_extra_state(self):
+        kept = torch.arange(max(0, self.num_added - self.size), self.num_added)
+        return self.steps[:, kept % self.size].cpu()
+
+    def set_extra_state(self, steps):
+        steps = steps[:, -self.size :]
+        self.num_added = steps.shape[1]
+        self.steps[:, : self.num_added] = steps
+
+
+# The update ---------------------------------------------------------------------------------------
+def minimize(loss, optimizer):
+    """One step on the optimizer's own parameters; no other parameter gets a gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    loss.backward(inputs=parameters)
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None  # faster than zero_grad
+
+
+def q_bar(critic, obs, action, pessimism=0.0):
+    """Q_bar(s, a), (S, B): the critics' mean, less `pessimism` times their mean distance from each other."""
+    q = critic(torch.cat([obs, action], -1)).squeeze(-1)  # (S, C, B)
     C = q.shape[1]
-    if C == 1:
-        return q.squeeze(1)
-    distance = (q[:, :, None] - q[:, None]).abs().sum((1, 2))  # over ordered pairs, of which C (C - 1) are no zeros
-    return q.mean(1) - pessimism / (C * C - C) * distance
+    difference = q[:, :, None] - q[:, None]  # (S, C, C, B), of which C are 0
+    penalty = difference.abs().sum((1, 2)) / (C * C - C)
+    return q.mean(1) - pessimism * penalty
 
 
-def advantages(critic, obs, action, policy_action, pessimism):
-    """A(s, a) (S, B) of logged actions over one drawn from the policy, eq. (3): pessimistic about the latter only."""
-    logged, drawn = torch.cat([obs, action], -1), torch.cat([obs, policy_action], -1)
-    q, policy_q = critic(torch.cat([logged, drawn], 1)).squeeze(-1).chunk(2, dim=-1)  # (S, C, B) each
-    return q.mean(1) - pessimistic(policy_q, pessimism)
+def update(agent, obs, action, reward, next_obs, not_terminated, noise, args):
+    """One gradient step of every agent on obs (S, B, O), action (S, B, A), reward (S, B), next_obs (S, B, O),
+    not_terminated (S, B), never (S, B, 1), which would broadcast, and standard normal noise (S, 2 B, A).
+    Returns what to log the mean of, still on the device: nothing here waits for a GPU."""
+    next_noise, noise = noise.chunk(2, dim=1)
 
-
-def move_target(target, online, polyak):
-    """target <- (1 - polyak) target + polyak online; singular vectors are taken over."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), polyak)
-    for old, new in zip(target.buffers(), online.buffers()):
-        old.copy_(new)
-
-
-def update(agent, batch, next_noise, noise, args):
-    """One gradient step of every agent; nothing in here waits for the GPU.
-
-    batch: (S, B, O + A + 1 + O + 1) packed transitions; next_noise, noise: (S, B, A) standard normal.
-    Returns a dict of metrics, each (S,), on the device.
-    """
-    obs, action, reward, next_obs, not_terminated = batch.split(agent.widths, dim=-1)
-    reward, not_terminated = reward.squeeze(-1), not_terminated.squeeze(-1)  # (S, B)
-
-    # critics, eq. (1): only a true end of the episode cuts the bootstrap
+    # critics, (1): Q_bar(s', a') bootstraps through a time limit, but not through a true end
     with torch.no_grad():
-        next_action = agent.actor.sample(agent.actor(next_obs), next_noise, args.noise_clip)
-        next_q = agent.target_critic(torch.cat([next_obs, next_action], -1)).squeeze(-1)  # (S, C, B)
-        backup = reward + args.gamma * not_terminated * pessimistic(next_q, args.pessimism)  # (S, B)
+        next_noise = next_noise.clamp(-NOISE_CLIP, NOISE_CLIP)
+        next_action = agent.actor.sample(agent.actor(next_obs), next_noise)
+        next_q = q_bar(agent.target_critic, next_obs, next_action, args.pessimism)  # (S, B)
+        backup = reward + args.gamma * not_terminated * next_q
     q = agent.critic(torch.cat([obs, action], -1)).squeeze(-1)  # (S, C, B)
     critic_loss = 0.5 * (q - backup[:, None]).square().mean(-1).sum(1)  # (S,)
-    agent.optimizers["critic"].minimize(critic_loss.sum())  # sum over S: seeds never mix
+    minimize(critic_loss.sum(), agent.optimizers["critic"])  # sum over S: seeds never mix
 
-    # actor, eqs. (5), (8): clone the logged actions, the better the more
-    mean = agent.actor(obs)  # (S, B, A)
+    # advantages, (3), by the new critics: Q_bar only for the policy's action
+    mean = agent.actor(obs)
     with torch.no_grad():
         policy_action = agent.actor.sample(mean, noise)
-        advantage = advantages(agent.critic, obs, action, policy_action, args.pessimism)  # (S, B)
+        policy_q = q_bar(agent.critic, obs, policy_action, args.pessimism)  # (S, B)
+        logged_q = q_bar(agent.critic, obs, action)
+        advantage = logged_q - policy_q
         weight = advantage_weights(advantage, args.max_advantage, args.beta)
-    actor_loss = -(weight * agent.actor.log_prob(mean, action)).sum(-1)  # (S,)
-    agent.optimizers["actor"].minimize(actor_loss.sum())
 
-    # targets
-    with torch.no_grad():
-        move_target(agent.target_critic, agent.critic, args.polyak)
+    # actor, (5): clone the logged actions, the better the more
+    z = (action - mean) / POLICY_STD
+    log_prob = -0.5 * z.square() - math.log(POLICY_STD * math.sqrt(2 * math.pi))
+    actor_loss = -(weight * log_prob.sum(-1)).sum(-1)  # (S,)
+    minimize(actor_loss.sum(), agent.optimizers["actor"])
+
+    with torch.no_grad():  # targets
+        targets = agent.target_critic.parameters()
+        for target, online in zip(targets, agent.critic.parameters()):
+            target.lerp_(online, args.target_update_rate)
+        for target, online in zip(agent.target_critic.buffers(), agent.critic.buffers()):
+            target.copy_(online)  # what power iteration has found
 
     return {
         "loss/critic": critic_loss.detach(),
         "loss/actor": actor_loss.detach(),
-        "value/q": q.detach().mean((1, 2)),
-        "value/advantage": advantage.mean(-1),
+        "value/q": q.detach(),
+        "value/advantage": advantage,
         "value/effective_batch": 1 / weight.square().sum(-1),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing of the offline scripts: the dataset
-# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing of the offline scripts: data ------------------------------------------------------------
+class Data(NamedTuple):
+    """N transitions of E episodes, one after the other; nothing changes them in place. For arrays of your own
+    write a `load_data` that returns them, and delete everything from here to the next heading."""
+
+    obs: np.ndarray  # (N, O)
+    action: np.ndarray  # (N, A), in [-1, 1]
+    reward: np.ndarray  # (N,), as logged
+    next_obs: np.ndarray  # (N, O)
+    terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
+    returns: np.ndarray  # (E,), sums of all rewards as logged
+    lengths: np.ndarray  # (E,), numbers of transitions, N together
+    spec: EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
+    references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
-@dataclass
-class Dataset:
-    """N transitions in the order of their E episodes."""
-
-    transitions: np.ndarray  # (N, O + A + 1 + O + 1) float32: s, a, r, s', not terminated
-    episode_lengths: np.ndarray  # (E,) transitions of each episode
-    episode_returns: np.ndarray  # (E,) float64, sum of all rewards of the episode as logged
-    obs_dim: int
-    action_dim: int
-    environment: dict  # {"id": ..., "kwargs": {...}, "references": (random, expert) or None}
-
-
-def flat_array(node):
-    """An HDF5 array (T, ...), or a group of them (a Dict space), as (T, D) float32 in gymnasium.flatten's order."""
-    if isinstance(node, h5py.Group):
-        return np.concatenate([flat_array(node[key]) for key in sorted(node)], axis=1)
-    return np.asarray(node, np.float32).reshape(len(node), -1)
-
-
-def next_observations(obs, terminated):
-    """s' (T or T - 1, O) from obs (T + 1 or T, O): without the last one, a truncated episode loses its last step."""
-    missing = len(obs) == len(terminated) and terminated[-1]  # after a true end nothing bootstraps from s'
-    return np.concatenate([obs[1:], obs[-1:]]) if missing else obs[1:]
-
-
-def check_continuous(actions, path):
-    """Discrete actions are logged as one integer per step, or as a group of them."""
-    if isinstance(actions, h5py.Group) or actions.ndim == 1:
-        fail(f"{path} has discrete actions", "use a dataset with continuous actions")
-
-
-def minari_episodes(folder):
-    """Episodes and environment of a Minari folder: reads its JSON and HDF5, and runs nothing that they name."""
-    metadata = json.loads((folder / "metadata.json").read_text())
-    episodes = []
-    with h5py.File(folder / "main_data.hdf5") as file:
-        for i in range(metadata["total_episodes"]):
-            group = file[f"episode_{i}"]
-            check_continuous(group["actions"], folder)
-            obs, action = flat_array(group["observations"]), flat_array(group["actions"])
-            reward, terminated = group["rewards"][()], group["terminations"][()]
-            episodes.append((obs, action, reward, terminated, next_observations(obs, terminated)))
-    spec = json.loads(metadata.get("env_spec") or "{}")
-    if ":" in spec.get("id", ""):  # gymnasium would import the module before the colon
-        fail(f"{folder} names an environment outside the registry ({spec['id']})", "give --env-id")
-    kwargs = {**spec.get("kwargs", {}), "max_episode_steps": spec.get("max_episode_steps")}
-    references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if None not in references and not references[0] < references[1]:
-        raise ValueError(f"reference scores {references}")
-    return episodes, {
-        "id": spec.get("id"),
-        "kwargs": {name: value for name, value in kwargs.items() if value is not None},
-        "references": None if None in references else references,
-    }
-
-
-def d4rl_episodes(path):
-    """Episodes and environment of a D4RL file: they end at `terminals` or `timeouts`; a trailing one is kept."""
-    with h5py.File(path) as file:
-        check_continuous(file["actions"], path)
-        obs, action, reward = flat_array(file["observations"]), flat_array(file["actions"]), file["rewards"][()]
-        terminated = file["terminals"][()].astype(bool)
-        timeout = file["timeouts"][()].astype(bool) if "timeouts" in file else np.zeros_like(terminated)
-        next_obs = flat_array(file["next_observations"]) if "next_observations" in file else None
-    episodes = []
-    for i, j in pairwise(sorted({0, len(reward), *(np.flatnonzero(terminated | timeout) + 1)})):
-        s_next = next_observations(obs[i:j], terminated[i:j]) if next_obs is None else next_obs[i:j]
-        episodes.append((obs[i:j], action[i:j], reward[i:j], terminated[i:j], s_next))
-    names = {"halfcheetah": "HalfCheetah-v5", "hopper": "Hopper-v5", "walker2d": "Walker2d-v5"}
-    env_id = next((env_id for name, env_id in names.items() if path.name.startswith(name)), None)
-    return episodes, {"id": env_id, "kwargs": {}, "references": None}
-
-
-def find_dataset(name):
-    """Path of a D4RL file or Minari data folder: given as such, embedded here, local to Minari, or downloaded by it."""
-    local = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets") / name
-    for path in (Path(name), Path(__file__).resolve().parent.parent / "tests" / "data" / name, local):
-        if path.is_file():
-            return path
-        for folder in (path / "data", path):
-            if (folder / "metadata.json").exists():
-                return folder
-    if Path(name).exists() or Path(name).is_absolute() or name.endswith(".hdf5"):
-        fail(f"{name} is neither a D4RL file nor a folder with a Minari dataset", "check --dataset")
-    try:
-        urllib.request.urlopen("https://huggingface.co", timeout=5).close()  # fails at once where Minari would hang
-        import minari
-
-        minari.download_dataset(name)
-    except Exception as e:  # whatever the layers below raise, the user wants one line
-        fail(f"dataset {name} is not on this machine and cannot be downloaded ({e})", "check its name and the network")
-    return local / "data"
-
-
-def load_dataset(names, env_id=None, seed=0):
-    """All values of --dataset as one Dataset; its environment is that of the first, unless `env_id` is given."""
-    episodes, environments = [], []
-    for name in names:
-        base, _, fraction = name.rpartition(":")
-        if not fraction.replace(".", "", 1).isdigit():
-            base, fraction = name, "1"
-        path = find_dataset(base)
-        try:
-            loaded, environment = minari_episodes(path) if path.is_dir() else d4rl_episodes(path)
-        except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-            fail(f"dataset {base} is broken ({type(e).__name__}: {e})", "download or write it again")
-        if not 0 < float(fraction) <= 1:
-            fail(f"fraction {fraction} of dataset {base} is out of range", "give a number in (0, 1]")
-        kept = np.random.default_rng(seed).permutation(len(loaded))[: max(1, round(float(fraction) * len(loaded)))]
-        episodes += [loaded[i] for i in sorted(kept)]
-        environments.append(environment)
-    episodes = [episode for episode in episodes if len(episode[4])]  # at least one transition
-    widths = {(obs.shape[1], action.shape[1]) for obs, action, *_ in episodes}
-    if len(widths) != 1:
-        fail(f"the data is empty, or its (observation, action) dimensions differ: {sorted(widths)}", "check --dataset")
-    rows = []
-    for obs, action, reward, terminated, next_obs in episodes:
-        T = len(next_obs)
-        if not (T <= len(action) == len(reward) == len(terminated) <= len(obs)):
-            fail("an episode has arrays of different lengths", "write the dataset again")
-        columns = obs[:T], action[:T], reward[:T, None], next_obs, 1 - np.float32(terminated[:T, None])
-        with np.errstate(over="ignore"):  # becomes infinite, and is told as such
-            rows.append(np.concatenate(columns, axis=1, dtype=np.float32))
-    transitions = np.concatenate(rows)
-    episode_returns = np.array([np.sum(reward, dtype=np.float64) for _, _, reward, _, _ in episodes])
-    if not (np.isfinite(transitions).all() and np.isfinite(episode_returns).all()):
-        fail("the dataset has NaN or infinite values", "clean it first")
-    environment = environments[0]
-    if env_id and env_id != environment["id"]:
-        environment = {"id": env_id, "kwargs": {}, "references": None}
-    if environment["id"] and not environment["references"]:
-        environment["references"] = D4RL_REFERENCES.get(environment["id"].split("-")[0].split("_")[0])
-    return Dataset(transitions, np.array([len(row) for row in rows]), episode_returns, *widths.pop(), environment)
-
-
-def actions_of(dataset):
-    """View (N, A) of the actions in the packed transitions."""
-    return dataset.transitions[:, dataset.obs_dim : dataset.obs_dim + dataset.action_dim]
-
-
-def fit_to_environment(dataset):
-    """Checks the dataset against its evaluation environment, and scales its actions to [-1, 1] in place."""
-    environment = dataset.environment
-    if not environment["id"]:
-        fail("the dataset names no environment", "give --env-id, or --eval-episodes 0 to train without evaluation")
-    env, dims = make_env(environment), (dataset.obs_dim, dataset.action_dim)
-    if dims != (env.observation_space.shape[0], env.action_space.shape[0]):
-        fail(f"the dataset's (observation, action) dimensions {dims} are not {environment['id']}'s", "give --env-id")
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    if not (np.all(low == -1) and np.all(high == 1)):
-        actions_of(dataset)[:] = 2 * (actions_of(dataset) - low) / (high - low) - 1
-
-
-def report_sampling(dataset, probabilities, writer, num_bins=50):
-    """Prints the returns in the dataset and under the sampler; both distributions go to TensorBoard (ReD, Figure 1)."""
-    returns, references = np.repeat(dataset.episode_returns, dataset.episode_lengths), dataset.environment["references"]
-    for what, value in (
-        (f"average of {len(dataset.episode_returns):,} episodes", dataset.episode_returns.mean()),
-        ("best episode", returns.max()),
-        ("average drawn transition's episode", returns @ probabilities),
-    ):
-        print(f"return of the {what}: {value:.1f}{score_text(normalized_score(value, references))}")
-    never = probabilities == 0
-    if never.any():
-        share = f"{never.sum():,} of the {len(never):,} transitions ({never.mean():.1%})"
-        print(f"warning: {share} have probability 0 and are never drawn", file=sys.stderr)
-    edges = np.histogram_bin_edges(returns, num_bins)
-    for tag, mass in (("transitions", np.ones(len(returns))), ("sampler_mass", probabilities * len(returns))):
-        counts = np.histogram(returns, edges, weights=mass)[0]
-        moments = dict(num=mass.sum(), sum=returns @ mass, sum_squares=returns**2 @ mass)
-        buckets = dict(bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist())
-        writer.add_histogram_raw(f"data/{tag}_by_return", returns.min(), returns.max(), **moments, **buckets)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: flags, environments, evaluation, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-SCRIPT = Path(__file__).stem
-
-# D4RL's returns of a random and of an expert policy, the 0 and the 100 of a normalised score (Fu et al., 2020)
-D4RL_REFERENCES = {
+# D4RL's returns of a random and of an expert policy (Fu et al., 2020)
+REFERENCES = {
     "HalfCheetah": (-280.178953, 12135.0),
     "Hopper": (-20.272305, 3234.3),
     "Walker2d": (1.629008, 4592.3),
-    "AntMaze": (0.0, 1.0),
-    "FrankaKitchen": (0.0, 4.0),
-    "AdroitHandPen": (96.262799, 3076.8331),
-    "AdroitHandHammer": (-274.856578, 12794.134825),
-    "AdroitHandDoor": (-56.512833, 2880.569309),
-    "AdroitHandRelocate": (-6.425911, 4233.877798),
 }
-
-# packages outside gymnasium that register environments, and what the ids of these begin with
-ENV_PACKAGES = {
-    "gymnasium_robotics": ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "Hand"),
-    "shimmy": ("dm_control/",),
-    "ale_py": ("ALE/",),
-}
+# packages whose environments a file may have us run
+TRUSTED = {"gymnasium", "gymnasium_robotics", "shimmy", "ale_py"}
 
 
-def fail(problem, remedy):
-    """Ends the program with exit status 2 and one line: what is wrong; what to do."""
-    print(" ".join(f"error: {problem}; {remedy}".split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_flags(**tyro_options):
-    """Args from the command line; tyro's box around an error becomes one line."""
-    box = io.StringIO()
+def find_dataset(name):
+    """Path of a D4RL file, or of a Minari folder: given, embedded here, local, or downloaded."""
+    if name.endswith(".hdf5"):
+        return Path(name)
+    embedded = Path(__file__).resolve().parent.parent / "tests" / "data"
+    local = Path(minari.storage.get_dataset_path(name))
+    for folder in (Path(name), embedded / name, local):
+        if (folder / "data" / "metadata.json").exists():
+            return folder / "data"
     try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, **tyro_options)
-    except SystemExit as e:
-        if not e.code:  # --help
-            raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-        fail(" ".join(takewhile(lambda line: line.strip("─"), lines)), "see --help")
+        minari.download_dataset(name)
+    except Exception as e:  # each layer below has errors of its own
+        known = [str(folder.relative_to(embedded)) for folder in embedded.glob("*/*-v*")]
+        sys.exit(f"error: no dataset {name} here or at Minari ({e!r}); embedded are {known}")
+    return local / "data"
 
 
-def parse_args():
-    """Args from the command line; with --resume or --evaluate, the run's own flags are the defaults."""
-    args = parse_flags(description=__doc__.split("\n")[0])
-    run_dir = args.resume or args.evaluate
-    if not run_dir:
-        return args
-    try:
-        config = json.loads((Path(run_dir) / "config.json").read_text())
-        script, stored, _ = config["script"], config["args"], config["environment"]
-        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
-    except (OSError, ValueError, LookupError, TypeError):
-        fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
-    if script != SCRIPT:
-        fail(f"{run_dir} is a run of {script}.py, not of {SCRIPT}.py", f"use {script}.py")
-    try:
-        stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    except (TypeError, AttributeError) as e:
-        fail(f"{run_dir} was made by another version of {SCRIPT}.py ({e})", "check out the commit in its config.json")
-    args = parse_flags(default=stored)
-    for name, value in asdict(args).items():
-        if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
-            fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
-    return args
+def flatten(space, x):
+    """Values x of a space, stacked along time (those of a Dict by key), as (T, D)."""
+    steps = gym.vector.utils.iterate(gym.vector.utils.batch_space(space), x)
+    flat = [gym.spaces.flatten(space, step) for step in steps]
+    return np.reshape(flat, (-1, gym.spaces.flatdim(space)))
 
 
-def check_range(args, low, high, *names):
-    """Fails unless low <= value <= high for each of these flags."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not (value != () and low <= np.min(value) and np.max(value) <= high):
-            fail(f"--{name.replace('_', '-')} {value} is out of range", f"give a value between {low} and {high}")
+def read_minari(folder):
+    """Episodes (obs, action, reward, next_obs, terminated), observation space, action space, metadata."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    if not {"observation_space", "action_space"} <= metadata.keys():  # Minari would make the environment
+        sys.exit(f"error: {folder} does not tell its spaces; write both to metadata.json")
+    dataset = minari.MinariDataset(folder)
+    episodes = []
+    for episode in tqdm(dataset.iterate_episodes(), "reading", len(dataset), disable=None):
+        obs = flatten(dataset.observation_space, episode.observations)  # (T + 1, O)
+        action = flatten(dataset.action_space, episode.actions)
+        columns = obs[:-1], action, episode.rewards, obs[1:], episode.terminations
+        episodes.append(columns)
+    return episodes, dataset.observation_space, dataset.action_space, metadata
 
 
-def choose_device(name):
-    """torch.device for --device: auto, cpu, cuda, cuda:1, ..."""
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("these scripts know cpu and cuda")
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as e:
-        fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
+def read_d4rl(path):
+    """The same of a D4RL file: episodes end at terminals, timeouts, or the step limit of the task."""
+    with h5py.File(path) as file:
+        columns = {key: x[()] for key, x in file.items() if isinstance(x, h5py.Dataset)}
+    tasks = [task for task in REFERENCES if path.name.lower().startswith(task.lower())]
+    needed = {"observations", "actions", "rewards", "terminals"}
+    if not tasks:
+        needed.add("timeouts")  # or nothing tells where episodes end
+    if not needed <= columns.keys():
+        sys.exit(f"error: {path} needs {sorted(needed)}; a Minari dataset is named by its folder")
+    obs = columns["observations"]
+    action = columns["actions"].reshape(len(obs), -1)
+    if action.dtype.kind != "f":
+        sys.exit(f"error: {path} has discrete actions; these scripts need continuous ones")
+    terminated = columns["terminals"].ravel().astype(bool)
+    ended = terminated | columns.get("timeouts", terminated).ravel().astype(bool)
+    limit = len(obs) if "timeouts" in columns else 1000  # of the three tasks
+
+    episodes = []
+    start = 0
+    for end in range(1, len(obs) + 1):
+        if ended[end - 1] or end - start == limit or end == len(obs):
+            steps = slice(start, end)
+            next_obs = obs[start + 1 : end]  # the last one is not in the file
+            if "next_observations" in columns:
+                next_obs = columns["next_observations"][steps]
+            elif terminated[end - 1]:
+                next_obs = np.concatenate([next_obs, obs[end - 1 : end]])  # nothing reads it
+            reward = columns["rewards"][steps]
+            episodes.append((obs[steps], action[steps], reward, next_obs, terminated[steps]))
+            start = end
+    obs_space = gym.spaces.Box(-np.inf, np.inf, obs.shape[1:])
+    action_space = gym.spaces.Box(-1, 1, action.shape[1:])
+    return episodes, obs_space, action_space, {None: f"{task}-v5" for task in tasks}  # no JSON has this key
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed activations: pages that go back to the system are faulted in again at every update."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to a gigabyte stays
-        mallopt(-4, 0)  # M_MMAP_MAX: large activations come from the heap too
+def sizes(space):
+    """How many numbers a space flattens to, part by part where it has parts."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: sizes(part) for key, part in space.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return [sizes(part) for part in space]
+    return gym.spaces.flatdim(space)
 
 
-def make_env(environment, **make_kwargs):
-    """gym.make by registered id and plain keyword arguments; flat observations, actions in [-1, 1]."""
-    env_id, kwargs = environment["id"], environment["kwargs"]
-    package = next((name for name, prefixes in ENV_PACKAGES.items() if env_id.startswith(prefixes)), None)
-    try:
-        if package:
-            gym.register_envs(__import__(package))
-        env = gym.make(env_id, **kwargs, **make_kwargs)
-    except ImportError as e:
-        fail(f"environment {env_id} needs a package that is not installed ({e})", f"pip install {package or e.name}")
-    except Exception as e:  # environments raise what they like on bad arguments
-        fail(f"environment {env_id} cannot be made ({e})", "check the id against gymnasium.pprint_registry()")
-    if not isinstance(env.action_space, gym.spaces.Box):
-        fail(f"environment {env_id} has {type(env.action_space).__name__} actions", "use one with continuous actions")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    if not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    return env
+def bounds(space):
+    """Lowest and highest values (2, ...) of a Box, and None of other spaces."""
+    if isinstance(space, gym.spaces.Box):
+        return np.float32([space.low, space.high])
 
 
-def normalized_score(episode_return, references):
-    """100 (return - random) / (expert - random); nan without references."""
-    return 100 * (episode_return - references[0]) / (references[1] - references[0]) if references else math.nan
+def evaluation_spec(path, obs_space, action_space, metadata, args):
+    """Spec of the environment that evaluations run in, flattened in the order of the data, and the
+    returns that score 0 and 100."""
+    if args.eval_episodes == 0:
+        return None, None
+    env_id = args.env_id or metadata.get(None)
+    named = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "null")
+    if env_id:
+        env = gym.make(env_id)
+    elif named:
+        for part in [named, *named["additional_wrappers"]]:
+            name = part["entry_point"]
+            if name.partition(".")[0] not in TRUSTED or not issubclass(load_env_creator(name), gym.Env):
+                sys.exit(f"error: {path} would run {name}; give --env-id")
+        env = minari.MinariDataset(path).recover_environment(eval_env=True)
+    else:
+        return None, None
+
+    same_bounds = np.array_equal(bounds(env.action_space), bounds(action_space))
+    if sizes(env.observation_space) != sizes(obs_space) or not same_bounds:
+        sys.exit(
+            f"error: {env.spec.id} has {env.observation_space} and {env.action_space}, "
+            f"the data {obs_space} and {action_space}; give another --env-id"
+        )
+    references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    if None in references:
+        references = REFERENCES.get(env.spec.id.split("-")[0], (np.nan, np.nan))
+    as_data = partial(gym.spaces.flatten, obs_space)
+    flat_space = gym.spaces.flatten_space(obs_space)
+    spec = gym.wrappers.TransformObservation(env, as_data, flat_space).spec  # a copy that lists all wrappers
+    spec.kwargs.pop("render_mode", None)  # no window
+    spec.max_episode_steps = spec.max_episode_steps or 10_000  # or an episode may never end
+    return spec, references
 
 
-def score_text(score):
-    """ ", normalised score ..." for a line of output; empty where there are no reference scores."""
-    return "" if np.isnan(score) else f", normalised score {score:.1f}"
+def load_data(args):
+    """All of --dataset, which must be of one environment. A last transition whose s' nobody
+    knows is left out, but its reward is part of the return."""
+    transitions = []
+    returns = []
+    kinds = set()
+    for name in args.dataset:
+        name, share = NAME.fullmatch(name).groups()
+        path = find_dataset(name)
+        read = read_d4rl if path.suffix == ".hdf5" else read_minari
+        episodes, obs_space, action_space, metadata = read(path)
+        limits = bounds(action_space)
+        if limits is None or not np.isfinite(limits).all():
+            sys.exit(f"error: {name} has actions {action_space}; they must be a Box with bounds")
+        spec, references = evaluation_spec(path, obs_space, action_space, metadata, args)
+        kinds.add(f"{sizes(obs_space)} {limits.tolist()} {spec and spec.id}")
+        low, high = limits.reshape(2, -1)  # (A,) each
+        num_kept = max(1, round(float(share or 1) * len(episodes)))
+        kept = np.random.default_rng(0).permutation(len(episodes))[:num_kept]
+        for i in sorted(kept):
+            obs, action, reward, next_obs, terminated = episodes[i]
+            if len(next_obs) == 0:
+                continue
+            action = 2 * (np.float64(action) - low) / (high - low) - 1
+            columns = obs, action, np.ravel(reward), next_obs, np.ravel(terminated)
+            transitions.append([column[: len(next_obs)] for column in columns])
+            returns.append(np.sum(reward, dtype=np.float64))
+    if len(kinds) > 1:
+        sys.exit(f"error: the datasets differ in observations, actions or environment: {kinds}")
+    lengths = [len(obs) for obs, *_ in transitions]
+    columns = [np.concatenate(column) for column in zip(*transitions)]
+    return Data(*columns, np.array(returns), np.array(lengths), spec, references)
 
 
-def policy_of_seed(actor, s):
-    """A copy on the CPU of the s-th of the policies that `actor` holds; its tensors keep a seed axis, of length 1."""
-    policy = copy.deepcopy(actor).cpu().eval()
-    for tensor in [*policy.parameters(), *policy.buffers()]:
-        tensor.data = tensor.data[s : s + 1].clone()
-    return policy
+# Plumbing of the scripts with an online stage: environments ---------------------------------------
+class Environments:
+    """One environment a seed, stepped side by side, with actions in [-1, 1]. Not a vector environment of Gymnasium's:
+    that one begins an episode with a step that ignores its action, and such a step is no transition."""
+
+    def __init__(self, spec, seeds):
+        self.envs = [gym.wrappers.RescaleAction(gym.make(spec), -1, 1) for _ in seeds]
+        self.seeds = seeds
+        self.ended = np.ones(len(seeds), bool)
+        self.returns = np.zeros(len(seeds))  # of the episodes so far
+        self.obs = np.zeros((len(seeds), *self.envs[0].observation_space.shape), np.float32)
+
+    def observe(self, step):
+        """What the actions of this step are to follow, (S, O). Seed and step say how episodes begin."""
+        self.began = self.ended
+        for s in np.flatnonzero(self.began):
+            entropy = self.seeds[s], EXPLORATION, step, 1
+            env_seed = np.random.SeedSequence(entropy).generate_state(1).item()
+            self.obs[s], _ = self.envs[s].reset(seed=env_seed)
+            self.returns[s] = 0
+        return self.obs
+
+    def step(self, action):
+        """action (S, A) -> reward (S,), next_obs (S, O), also of an episode's last step, and terminated (S,)."""
+        action = action.reshape(-1, *self.envs[0].action_space.shape)
+        steps = [env.step(x) for env, x in zip(self.envs, action)]
+        obs, reward, terminated, truncated, _ = map(np.array, zip(*steps))
+        self.obs = np.float32(obs)
+        reward = reward.reshape(len(steps))  # some give an array of one number
+        self.returns += reward
+        self.ended = terminated | truncated
+        return reward, self.obs, terminated
 
 
-def episode_seed(*numbers):
-    """An environment seed that depends on agent seed, update and episode, and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def run_episodes(policy, environment, env_seeds, video_dir=None):
-    """(return, length) of one episode per environment seed; policy.act maps (1, E, O) to (1, E, A) in [-1, 1].
-
-    The episodes step side by side, and the batch keeps its size when some are over, so that nobody's rounding
-    depends on when the others end.
-    """
-    policy = pickle.loads(policy) if isinstance(policy, bytes) else policy  # as workers get it
-    envs = [make_env(environment, render_mode="rgb_array" if video_dir else None) for _ in env_seeds]
-    if video_dir:
-        envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), name_prefix=f"episode-{env_seeds[0]}")
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, env_seeds)]).astype(np.float32)
-    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), int), np.ones(len(envs), bool)
-    while running.any():
-        with torch.no_grad():
-            actions = policy.act(torch.from_numpy(obs)[None])[0].numpy()
-        for i in np.flatnonzero(running):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
-            returns[i], lengths[i], running[i] = returns[i] + reward, lengths[i] + 1, not (terminated or truncated)
-    for env in envs:
-        env.close()
-    return [(float(r), int(n)) for r, n in zip(returns, lengths)]
+# Plumbing of all scripts: evaluation, run folder --------------------------------------------------
+ROW = "update", "seed", "episode", "return", "length", "normalized_score"  # of evaluations.csv
 
 
 def start_worker():
-    """An evaluation worker computes on one thread, leaves Ctrl-C and SIGTERM to its parent, and never outlives it."""
+    """An evaluation worker has one thread, and never outlives its parent."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def stop_signals_blocked():
-    """Ctrl-C and SIGTERM wait until the end of the block (Windows, which cannot do that, takes its chances)."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    yield
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode):
+    """One episode of every seed, rows (S, 6). The policy is any module (S, 1, O) -> (S, 1, A)."""
+    policy = pickle.loads(pickled)
+    wrappers = [
+        lambda env: gym.wrappers.RescaleAction(env, -1, 1),
+        lambda env: gym.wrappers.TransformReward(env, np.sum),  # some give an array of one number
+    ]
+    envs = gym.make_vec(spec, len(seeds), "sync", wrappers=wrappers)
+    if envs.render_mode:
+        folder = run_dir / "videos"
+        envs = gym.wrappers.vector.RecordVideo(envs, folder, name_prefix=f"{num_updates}-{episode}")
+    entropy = [(seed, EVALUATION, num_updates, episode + 1) for seed in seeds]
+    env_seeds = [np.random.SeedSequence(x).generate_state(1).item() for x in entropy]
+    obs, _ = envs.reset(seed=env_seeds)
+    returns, lengths = np.zeros((2, len(seeds)))
+    running = np.ones(len(seeds), bool)  # what comes after a seed's first episode does not count
+    while running.any():
+        with torch.no_grad():
+            action = policy(torch.as_tensor(obs, dtype=torch.float32)[:, None])
+        action = action.numpy().reshape(envs.action_space.shape)
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += reward * running
+        lengths += running
+        running &= ~(terminated | truncated)
+    envs.close()
+    worst, best = references
+    scores = 100 * (returns - worst) / (best - worst)
+    columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores)
+    return np.stack(columns, axis=1)
 
 
-class Evaluator:
-    """Evaluates snapshots of the policies in worker processes, beside training, and reports in the order of updates.
-
-    Neither the number of workers nor a stop and resume changes a result. Scripts that evaluate one policy in several
-    ways have an evaluator for each, whose `variant` is in the names of its results.
-    """
-
-    def __init__(self, args, environment, run_dir, writer, variant=""):
-        self.args, self.environment, self.writer = args, environment, writer
-        self.name, self.csv_path = f"evaluation{variant}", run_dir / f"evaluations{variant}.csv"
-        self.pending = {}  # update: (state of the actor then, one job per seed)
-        workers = args.eval_workers
-        if workers is None:
-            workers = max(1, min(args.num_seeds, (os.cpu_count() or 1) - 1))
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, spawn, start_worker) if workers and args.eval_episodes else None
-        if not self.csv_path.exists():
-            self.csv_path.write_text("update,seed,episode,return,length,normalized_score\n")
-
-    def submit(self, update, actor):
-        """Starts the evaluation of every seed's policy as it is now."""
-        jobs = []
-        for s in range(self.args.num_seeds if self.args.eval_episodes else 0):
-            env_seeds = [episode_seed(self.args.seed + s, update, e) for e in range(self.args.eval_episodes)]
-            job = pickle.dumps(policy_of_seed(actor, s)), self.environment, env_seeds
-            with stop_signals_blocked():  # a worker that starts here inherits that
-                jobs.append(self.pool.submit(run_episodes, *job) if self.pool else Future())
-            if not self.pool:
-                jobs[-1].set_result(run_episodes(*job))
-        if jobs:
-            self.pending[update] = {name: x.cpu().clone() for name, x in actor.state_dict().items()}, jobs
-
-    def collect(self, wait=False):
-        """Writes and prints the evaluations that are done (all, if `wait`)."""
-        for update, (_, jobs) in list(self.pending.items()):
-            if not (wait or all(job.done() for job in jobs)):
-                return
-            results = [(self.args.seed + s, e, *r) for s, job in enumerate(jobs) for e, r in enumerate(job.result())]
-            returns = np.array([episode_return for _, _, episode_return, _ in results])
-            scores = normalized_score(returns, self.environment["references"]) * np.ones(len(returns))
-            with self.csv_path.open("a", newline="") as file:
-                rows = [(update, *result, f"{score:.4f}") for result, score in zip(results, scores)]
-                csv.writer(file, lineterminator="\n").writerows(rows)
-            self.writer.add_scalar(f"{self.name}/return", returns.mean(), update)
-            self.writer.add_scalar(f"{self.name}/normalized_score", scores.mean(), update)
-            mean, score = returns.mean(), scores.mean()
-            print(f"{self.name} at {update:,}: return {mean:.1f}{score_text(score)}", flush=True)
-            del self.pending[update]
-
-    def resume(self, update, pending, actor):
-        """Back to the state of a checkpoint: forgets what came after it, starts again what was under way."""
-        header, *rows = self.csv_path.read_text().splitlines(keepends=True)
-        rows = [(int(row.split(",")[0]), row) for row in rows if row.endswith("\n")]  # a kill may tear the last one
-        kept = [row for n, row in rows if n <= update and n not in pending]
-        write_atomically(self.csv_path, lambda path: path.write_text(header + "".join(kept)))
-        for past_update, state in sorted(pending.items()):
-            past_actor = copy.deepcopy(actor)
-            past_actor.load_state_dict(state)
-            self.submit(past_update, past_actor)
-
-    def close(self):
-        if self.pool:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+def summary(rows, num_seeds):
+    """Mean of the last ten evaluations, +- its standard deviation over seeds."""
+    if len(rows) == 0:
+        return "nothing was evaluated"
+    evaluations = np.unique(rows[:, 0])
+    last = rows[np.isin(rows[:, 0], evaluations[-10:])]
+    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6)
+    _, _, _, returns, _, scores = means.T
+    text = f"return {returns.mean():.1f}, normalised score {scores.mean():.1f}"
+    if num_seeds > 1:
+        text += f" (+- {returns.std():.1f} and {scores.std():.1f} over seeds)"
+    return text
 
 
-def print_result(args, run_dir, num_updates, rate):
-    """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
-    text = ""
-    if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
-        update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        last = np.unique(update)[-10:]
-        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
-        score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
-        if not np.isnan(score).any():
-            text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
-        text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
-    print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
+def report(rows, jobs, run_dir, writer):
+    """Rows of all evaluations, those of `jobs` being new: to screen, TensorBoard, evaluations.csv."""
+    if not jobs:
+        return rows
+    new_rows = np.concatenate([job.result() for job in jobs])
+    num_updates, _, _, mean, _, score = new_rows.mean(0)
+    tqdm.write(f"update {num_updates:,.0f}: return {mean:.1f}, normalised score {score:.1f}")
+    writer.add_scalar("evaluation/return", mean, num_updates)
+    writer.add_scalar("evaluation/normalized_score", score, num_updates)
+    rows = np.concatenate([rows, new_rows])
+    np.savetxt(run_dir / "evaluations.csv", rows, "%.10g", ",", header=",".join(ROW), comments="")
+    return rows
 
 
-def evaluate_run(args, agent_class):
-    """--evaluate: fresh episodes of the policies in a run's checkpoint."""
-    run_dir = Path(args.evaluate)
-    environment = json.loads((run_dir / "config.json").read_text())["environment"]
-    if not environment["id"]:
-        fail(f"{run_dir} is a run without environment", "evaluate a run that has one")
-    env = make_env(environment)
-    agent = agent_class(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
-    agent.load_state_dict(load_checkpoint(run_dir, "cpu")["agent"])
-    video_dir = run_dir / "videos" if args.capture_video else None
-    if video_dir and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    for s in range(args.num_seeds):
-        env_seeds = [episode_seed(args.seed + s, 2**31, e) for e in range(args.eval_episodes or 10)]
-        try:
-            results = run_episodes(policy_of_seed(agent.actor, s), environment, env_seeds, video_dir)
-        except Exception as e:  # each graphics library fails in its own way
-            if not video_dir:
-                raise
-            with contextlib.suppress(OSError):
-                video_dir.rmdir()  # if it is empty
-            fail(f"no video can be rendered ({e})", "set MUJOCO_GL to egl or osmesa, or leave out --capture-video")
-        returns, lengths = np.array(results).T
-        score = np.mean(normalized_score(returns, environment["references"]))
-        print(
-            f"seed {args.seed + s}: return {returns.mean():.1f} ± {returns.std():.1f} (standard deviation over "
-            f"{len(returns)} episodes of {lengths.mean():.0f} steps on average){score_text(score)}"
-        )
+def log(metrics, num_updates, writer):
+    """Metrics to TensorBoard. A loss that is not finite ends the run, before its agent is saved."""
+    for name, metric in metrics.items():
+        if not metric.isfinite().all():
+            sys.exit(f"error: {name} is not finite at update {num_updates}; see the last checkpoint")
+        writer.add_scalar(name, metric.mean().item(), num_updates)
 
 
-def open_run_dir(args, name, environment):
-    """The run folder, new or --resume's; config.json: all flags, versions, git commit, command line, environment."""
-    if args.resume:
-        run_dir = Path(args.resume)
-        config = json.loads((run_dir / "config.json").read_text()) | {"args": asdict(args)}
-    else:
-        seeds = f"{args.seed}" if args.num_seeds == 1 else f"{args.seed}-{args.seed + args.num_seeds - 1}"
-        run_dir = Path(args.run_dir or f"runs/{SCRIPT}/{name}/{seeds}-{time.strftime('%Y%m%d-%H%M%S')}")
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as e:
-            fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-        config = {
-            "script": SCRIPT,
-            "args": asdict(args),
-            "environment": environment,
-            "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
-            "git_commit": commit or None,
-            "command": shlex.join([sys.executable, *sys.argv]),
-        }
-    write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
-    return run_dir
+def run_folder(args):
+    """Where the run is, or will be."""
+    dataset = args.dataset[0].split("/")[-2:]
+    name = f"{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    new = Path("runs", Path(__file__).stem, *dataset, name)
+    return Path(args.evaluate or args.resume or args.run_dir or new)
 
 
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: a kill leaves the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def open_run_dir(run_dir, args):
+    """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    versions = {package.name: package.version for package in distributions()}
+    config = {"command": sys.argv, "args": asdict(args), "versions": versions}
+    del config["args"]["device"]  # a run may go on elsewhere
+    path = run_dir / "config.tmp"
+    path.write_text(json.dumps(config, indent=2))
+    os.replace(path, run_dir / "config.json")
 
 
-def load_checkpoint(run_dir, device):
-    """checkpoint.pt of a run folder, as it was saved."""
-    try:
-        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
-        if not checkpoint.keys() >= {"agent", "generators", "pending_evaluations"}:
-            raise KeyError("parts are missing")
-        return checkpoint
-    except Exception as e:  # torch.load raises many kinds of error on a damaged file
-        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start a new run")
+def save(path, agent, rows, num_updates):
+    """All that a run needs to go on: the old file or the new one, never half of it."""
+    optimizers = {name: x.state_dict()["state"] for name, x in agent.optimizers.items()}
+    checkpoint = {"agent": agent.state_dict(), "optimizers": optimizers}
+    checkpoint |= {"rows": torch.from_numpy(rows), "num_updates": num_updates}
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def on_stop_signal():
-    """A list that stays empty until Ctrl-C or SIGTERM asks the loop to stop; a second one stops at once."""
-    stop = []
-
-    def handler(signum, frame):
-        stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return stop
+def load(path, agent):
+    """Puts the agent back; returns rows and num_updates."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    agent.load_state_dict(checkpoint["agent"])
+    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+        state = {"state": checkpoint["optimizers"][name]}
+        optimizer.load_state_dict(optimizer.state_dict() | state)
+    return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 
-def cuda_graph(step, agent, *inputs):
-    """`step` captured as one CUDA graph: returns a function of inputs that are shaped like these.
+# Training -----------------------------------------------------------------------------------------
+class CudaGraph:
+    """A step that a GPU replays as one CUDA graph. Its first three calls, in which PyTorch sets
+    itself up, are ordinary ones; the fourth is recorded. On a CPU all calls are ordinary."""
 
-    Capturing needs a few real steps first; whatever they change in the agent is put back.
-    """
-    inputs = [x.clone() for x in inputs]  # the graph reads them where they stand
-    before = copy.deepcopy(agent.state_dict())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(*inputs)
-    agent.load_state_dict(before)  # in place
+    def __init__(self, step):
+        self.step = step
+        self.num_calls = 0
 
-    def replay(*new_inputs):
-        for old, new in zip(inputs, new_inputs):
-            old.copy_(new)
-        graph.replay()
-        return outputs
-
-    return replay
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-UPDATES_PER_BLOCK = 100  # random numbers are drawn for so many updates at a time
-UPDATES_PER_GRAPH = 10  # a GPU replays so many updates as one CUDA graph
-
-
-# what --reward-transform auto means, by the beginning of the environment's id; elsewhere none
-MAZE_TRANSFORMS = dict.fromkeys(("AntMaze", "PointMaze"), "shift")
-
-
-def draw_block(sampler, generators, batch_size, *noise_shapes):
-    """What the next UPDATES_PER_BLOCK = n updates read at random: transition indices (n, S, B), then standard normal
-    noise (n, S, *shape) for each of the shapes. Every seed draws from its own generator."""
-    n, device = UPDATES_PER_BLOCK, generators[0].device
-    u = [torch.rand(n, batch_size, generator=g, dtype=torch.float64, device=device) for g in generators]
-    noise = ([torch.randn(n, *shape, generator=g, device=device) for g in generators] for shape in noise_shapes)
-    return [sampler(torch.stack(u, 1)), *(torch.stack(x, 1) for x in noise)]
-
-
-def run_updates(agent, transitions, args, index, *noise):
-    """One update per row of index (m, S, B) and of what else it reads at random (m, ...); the metrics of the last."""
-    for row, *row_noise in zip(index, *noise):
-        metrics = update(agent, F.embedding(row, transitions), *row_noise, args)  # one gather of whole rows
-    return metrics
-
-
-def transform_rewards(dataset, mode, auto_modes):
-    """Rewards as the learner sees them, in place; returns and sampling probabilities come from the logged ones."""
-    if mode == "auto":
-        mode = auto_modes.get((dataset.environment["id"] or "").split("-")[0].split("_")[0], "none")
-    reward = dataset.transitions[:, dataset.obs_dim + dataset.action_dim]
-    if mode == "scale":
-        reward *= 1000 / (np.ptp(dataset.episode_returns) or 1000)
-    elif mode == "shift":
-        reward -= 1
-
-
-def check_architecture(args):
-    """Fails where --hidden-sizes makes no residual blocks."""
-    sizes = args.hidden_sizes
-    if sizes and args.architecture == "modern" and (len(set(sizes)) > 1 or len(sizes) % 2 == 0):
-        fail(f"--hidden-sizes {sizes} makes no residual blocks", "give 1, 3, 5, ... equal widths")
-
-
-def evaluate_both(args, agent_class):
-    """--evaluate with the mean action, then with the best of --eval-samples."""
-
-    def sampling_agent(*given):
-        agent = agent_class(*given)
-        return SimpleNamespace(actor=BestOfSamples(agent, args), load_state_dict=agent.load_state_dict)
-
-    print("the policy's mean action:")
-    evaluate_run(args, agent_class)
-    if args.eval_samples > 1:
-        print(f"the best of {args.eval_samples} samples, by Q_bar:")
-        evaluate_run(replace(args, capture_video=False), sampling_agent)
-
-
-class OnlineEpisodes:
-    """One environment per seed, stepped side by side.
-
-    The state of an environment is the seed of its episode and the actions since: with the actions (S, t, A) of a
-    stopped run, and how each of its steps ended its episode (ends (S, t): 0 not at all, 1 terminated, 2 truncated),
-    it is played again.
-    """
-
-    def __init__(self, args, environment, actions, ends):
-        self.seeds = range(args.seed, args.seed + args.num_seeds)
-        self.envs = [make_env(environment) for _ in self.seeds]
-        self.number = (ends > 0).sum(1)  # (S,) of the episode that a seed is at
-        self.obs = np.stack([self.reset(s) for s in range(len(self.envs))]).astype(np.float32)  # (S, O)
-        self.episode_return = np.zeros(len(self.envs))
-        for s, env in enumerate(self.envs):
-            start = np.flatnonzero(np.r_[1, ends[s]])[-1]
-            for action in actions[s, start:]:
-                self.obs[s], reward, *_ = env.step(action)
-                self.episode_return[s] += reward
-
-    def reset(self, s):
-        """First observation of the episode that seed s is at."""
-        return self.envs[s].reset(seed=episode_seed(self.seeds[s], 0, int(self.number[s]), 1))[0]
-
-    def step(self, action):
-        """One step of every seed with action (S, A): packed transitions (S, O + A + 1 + O + 1), how each ended its
-        episode (S,), and the returns of the episodes that are over as [(s, return), ...]."""
-        rows, ends, returns = [], np.zeros(len(self.envs), np.uint8), []
-        for s, env in enumerate(self.envs):
-            next_obs, reward, terminated, truncated, _ = env.step(action[s])
-            rows.append(np.concatenate([self.obs[s], action[s], [reward], next_obs, [not terminated]]))
-            self.obs[s], self.episode_return[s] = next_obs, self.episode_return[s] + reward
-            if terminated or truncated:
-                ends[s] = 1 if terminated else 2
-                returns.append((s, self.episode_return[s]))
-                self.number[s] += 1
-                self.obs[s], self.episode_return[s] = self.reset(s), 0
-        return np.stack(rows).astype(np.float32), ends, returns
+    def __call__(self, *inputs):
+        self.num_calls += 1
+        if self.num_calls <= 3 or not inputs[0].is_cuda:
+            return self.step(*inputs)
+        if self.num_calls == 4:
+            self.inputs = [x.clone() for x in inputs]  # where the graph reads
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(inputs[0].device), torch.cuda.graph(self.graph):  # records, runs nothing
+                self.outputs = self.step(*self.inputs)
+        for x, new_x in zip(self.inputs, inputs):
+            x.copy_(new_x)
+        self.graph.replay()
+        return self.outputs
 
 
 def main():
-    args = parse_args()
-    check_range(args, 1, math.inf, "num_seeds", "num_updates", "batch_size", "hidden_sizes", "num_critics")
-    check_range(args, 0, 2**32 - 1, "seed")
-    check_range(args, 1, math.inf, "eval_every", "checkpoint_every", "log_every", "eval_samples")
-    check_range(args, 0, math.inf, "pessimism", "noise_clip", "eval_episodes", "eval_workers", "online_steps")
-    check_range(args, 0, 1, "learning_rate", "gamma", "polyak")
-    check_range(args, 1e-6, math.inf, "beta", "policy_std")
-    check_range(args, -1e9, math.inf, "max_advantage")
-    check_architecture(args)
+    args = tyro.cli(Args)
+    if args.evaluate or args.resume:  # the run's flags, then those of this call
+        config = json.loads(Path(args.evaluate or args.resume, "config.json").read_text())
+        args = tyro.cli(Args, default=Args(**config["args"]))
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    data = load_data(args)
+    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # squares must not overflow
+        sys.exit("error: the data has NaN, infinite or huge values; clean it first")
+    if np.abs(data.action).max() > 1 + 1e-6:
+        sys.exit("error: there are actions outside their bounds; clip or rescale them")
+    if args.eval_episodes and not data.spec:
+        sys.exit("error: the data names no environment; give --env-id, or --eval-episodes 0")
+
+    # the method's own line, which a copied `update` needs too
+    shift = {"shift": 1, "none": 0}[args.reward_transform]
+
+    # one row a transition, so that a batch is one gather; this, `learn` and the online loop know the columns
+    columns = data.obs, data.action, data.reward[:, None] - shift, data.next_obs, 1.0 - data.terminated[:, None]
+    widths = [column.shape[1] for column in columns]
+    transitions = np.concatenate(columns, axis=1, dtype=np.float32)
+    transitions = torch.from_numpy(transitions).to(args.device)
+
+    # agents, as they start or as they were
+    obs_dim, action_dim, *_ = widths
+    agent = Agent(obs_dim, action_dim, args)
+    agent.replay = Replay(transitions, args.num_seeds, args.online_steps)
+    policy = BestOfSamples(agent, args)  # what is evaluated
+    run_dir = run_folder(args)
+    rows = np.empty((0, len(ROW)))
+    first = 0
+    if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
+        rows, first = load(run_dir / "checkpoint.pt", agent)
+        if agent.replay.num_added or first > args.num_updates:  # the offline stage is over
+            args.num_updates = first - agent.replay.num_added
+    last = args.num_updates + args.online_steps
+    num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
+    if args.capture_video:
+        data.spec.kwargs["render_mode"] = "rgb_array"
+
+    def start_evaluation(num_updates):
+        frozen = pickle.dumps(copy.deepcopy(policy).cpu().eval())
+        job = frozen, data.spec, data.references, run_dir, seeds, num_updates
+        return [pool.submit(run_episode, *job, episode) for episode in range(args.eval_episodes)]
+
     if args.evaluate:
-        return evaluate_both(args, AWACAgent)
-    device, S = choose_device(args.device), args.num_seeds
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+        jobs = start_evaluation(2**31)  # episodes that no run has seen
+        rows = np.reshape([job.result() for job in jobs], (-1, len(ROW)))
+        print(f"policies of update {first:,}: {summary(rows, args.num_seeds)}")
+        return
 
-    # data, on the device; what is printed are the returns as logged, what is learned from are transformed rewards
-    dataset = load_dataset(args.dataset, args.env_id, args.seed)
-    if args.eval_episodes or args.online_steps or dataset.environment["id"]:
-        fit_to_environment(dataset)
-    transform_rewards(dataset, args.reward_transform, MAZE_TRANSFORMS)
-    N, T, B, A = len(dataset.transitions), args.online_steps, args.batch_size, dataset.action_dim
-    transitions = torch.zeros(N + S * T, dataset.transitions.shape[1], device=device)
-    transitions[:N] = torch.from_numpy(dataset.transitions)
-    online = transitions[N:].view(S, T, transitions.shape[1])  # each seed's own steps
-    sampler = lambda u: (u * N).long()
+    returns = np.repeat(data.returns, data.lengths)
+    open_run_dir(run_dir, args)
+    writer = SummaryWriter(run_dir, purge_step=first + 1)
+    writer.add_histogram("data/return_of_episodes", data.returns, 0)
+    writer.add_histogram("data/return_of_transitions", returns, 0)
+    writer.add_histogram("data/return_of_draws", returns, 0)  # uniform
+    print(f"{len(returns):,} transitions of {len(data.returns):,} episodes")
+    print(f"mean return {data.returns.mean():.1f} of the episodes, {returns.mean():.1f} of the draws")
+    print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
-    # agents, in a run folder that is new or goes on from its checkpoint
-    agent = AWACAgent(dataset.obs_dim, A, args, device)
-    generators = [torch.Generator(device).manual_seed(args.seed + s) for s in range(S)]
-    online_seeds = [episode_seed(args.seed + s, 2**32 - 1) for s in range(S)]
-    online_generators = [torch.Generator(device).manual_seed(seed) for seed in online_seeds]
-    ends = np.zeros((S, T), np.uint8)  # of online episodes: 0 not at all, 1 terminated, 2 truncated
-    checkpoint = load_checkpoint(args.resume, device) if args.resume else {"num_updates": 0}
-    num_updates = first_update = checkpoint["num_updates"]  # offline and online together
-    t = checkpoint["online"]["rows"].shape[1] if args.resume else 0  # online alone
-    if t > T or num_updates - t > args.num_updates or (t and num_updates - t < args.num_updates):
-        made = f"{num_updates - t} offline updates and {t} online steps already"
-        fail(f"{args.resume} has {made}", "give larger numbers (the former only before the latter), or leave them out")
-    name = "+".join(args.dataset).replace("/", "-").replace(":", "-").strip("-.")
-    stop = on_stop_signal()  # from here on, a stop saves first
-    run_dir = open_run_dir(args, name, dataset.environment)
-    writer = SummaryWriter(run_dir, purge_step=num_updates + 1)
-    policies = {"": agent.actor}  # by the variant of their evaluation
-    if args.eval_samples > 1:
-        policies[f"_m{args.eval_samples}"] = BestOfSamples(agent, args)
-    evaluators = {variant: Evaluator(args, dataset.environment, run_dir, writer, variant) for variant in policies}
-    report_sampling(dataset, np.full(N, 1 / N), writer)
-    if args.resume:
-        agent.load_state_dict(checkpoint["agent"])
-        online[:, :t], ends[:, :t] = checkpoint["online"]["rows"], checkpoint["online"]["ends"].cpu().numpy()
-        states = checkpoint["generators"] + checkpoint["online"]["generators"]
-        for generator, state in zip(generators + online_generators, states):
-            if len(state) == len(generator.get_state()):  # else it comes from another kind of device: new draws
-                generator.set_state(state.cpu())
-        for variant, evaluator in evaluators.items():
-            evaluator.resume(num_updates, checkpoint["pending_evaluations"].get(variant, {}), policies[variant])
+    def learn(index, noise):  # one update for each batch of index (CHUNK, S, B)
+        batches = nn.functional.embedding(index, agent.replay.rows)  # a gather, faster than indexing
+        obs, action, reward, next_obs, not_terminated = batches.split(widths, dim=-1)
+        for batch in zip(obs, action, reward.squeeze(-1), next_obs, not_terminated.squeeze(-1), noise):
+            metrics = update(agent, *batch, args)
+        return metrics  # of the last update
 
-    generator_states = [generator.get_state() for generator in generators]
+    def after_chunk(num_updates, metrics):  # reports the evaluation before this one, saves, starts this one
+        nonlocal rows, jobs
+        evaluation_due = num_updates % args.eval_every == 0 or num_updates in (args.num_updates, last)
+        if evaluation_due or num_updates % args.log_every == 0:
+            log(metrics, num_updates, writer)
+        if evaluation_due:
+            rows = report(rows, jobs, run_dir, writer)
+            save(run_dir / "checkpoint.pt", agent, rows, num_updates)
+            jobs = start_evaluation(num_updates)
 
-    def save():
-        """Everything that an exact continuation needs; generator_states are those before the current block."""
-        state = {
-            "num_updates": num_updates,
-            "agent": agent.state_dict(),
-            "generators": generator_states,
-            "online": {
-                "rows": online[:, :t].clone(),
-                "ends": torch.from_numpy(ends[:, :t].copy()),
-                "generators": [generator.get_state() for generator in online_generators],
-            },
-            "pending_evaluations": {
-                variant: {update: past for update, (past, _) in evaluator.pending.items()}
-                for variant, evaluator in evaluators.items()
-            },
-        }
-        write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+    noise_shape = 1 + 2 * args.batch_size, action_dim  # for online actions, then for `update`
+    draw = partial(draw_uniforms_and_noise, seeds, args.batch_size, noise_shape, args.device)
+    jobs = []
+    if first:
+        jobs = start_evaluation(first)  # the one that was under way
+    started = time.time()
+    learn_offline = CudaGraph(learn)
+    for step in tqdm(range(first, args.num_updates, CHUNK), mininterval=1, unit_scale=CHUNK):
+        uniforms, noise = draw(step)
+        metrics = learn_offline(agent.replay.index(uniforms), noise[:, :, 1:])
+        after_chunk(step + CHUNK, metrics)
 
-    if not args.resume:
-        save()
-    keep_freed_memory()
-    learn, graph, online_learn = partial(run_updates, agent, transitions, args), None, None
-    last_offline, last = args.num_updates, args.num_updates + T
-    started, printed, block_start, stopped, rate = time.time(), time.time(), -1, False, 0
-    while num_updates < last and not stopped:
-        if num_updates < last_offline:
-            # draw, a block of updates at a time; a resumed run draws the block it is in again
-            if block_start != num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK:
-                block_start = num_updates // UPDATES_PER_BLOCK * UPDATES_PER_BLOCK
-                generator_states = [generator.get_state() for generator in generators]
-                block = draw_block(sampler, generators, B, (B, A), (B, A))
-                if device.type == "cuda" and not graph:
-                    graph = cuda_graph(learn, agent, *(x[:UPDATES_PER_GRAPH] for x in block))
+    if args.online_steps:
+        envs = Environments(data.spec, seeds)
+        act = CudaGraph(agent.explore)
+        learn_online = CudaGraph(learn)
+        print(f"online in {data.spec.id} from step {agent.replay.num_added:,} on, with a new episode")
+        for step in tqdm(range(max(first, args.num_updates), last, CHUNK), mininterval=1, unit_scale=CHUNK):
+            uniforms, noise = draw(step)
+            for i in range(CHUNK):
+                obs = envs.observe(step + i)
+                action = act(torch.from_numpy(obs).to(args.device), noise[i, :, :1]).cpu().numpy()
+                reward, next_obs, terminated = envs.step(action)
+                columns = obs, action, reward[:, None] - shift, next_obs, 1.0 - terminated[:, None]
+                agent.replay.add(columns)
+                for s in np.flatnonzero(envs.ended):
+                    writer.add_scalar(f"exploration/return_of_seed_{seeds[s]}", envs.returns[s], step + i + 1)
+                metrics = learn_online(agent.replay.index(uniforms[i : i + 1]), noise[i : i + 1, :, 1:])
+            after_chunk(step + CHUNK, metrics)
 
-            # learn, until the block ends or something else is due
-            due = [n - num_updates % n for n in (args.eval_every, args.checkpoint_every, args.log_every)]
-            end = num_updates + min(*due, block_start + UPDATES_PER_BLOCK - num_updates, last_offline - num_updates)
-            while num_updates < end:
-                n = min(UPDATES_PER_GRAPH, end - num_updates)
-                inputs = [x[num_updates - block_start :][:n] for x in block]
-                metrics = graph(*inputs) if graph and n == UPDATES_PER_GRAPH else learn(*inputs)
-                num_updates += n
-                if stop:
-                    break
-        else:
-            # act: one step of each seed's environment, with an action drawn from the policy
-            if not online_learn:
-                actions = online[:, :t, dataset.obs_dim : dataset.obs_dim + A].cpu().numpy()
-                episodes, online_learn = OnlineEpisodes(args, dataset.environment, actions, ends[:, :t]), learn
-            noise = torch.stack([torch.randn(1 + 2 * B, A, generator=g, device=device) for g in online_generators])
-            with torch.no_grad():
-                mean = agent.actor(torch.from_numpy(episodes.obs)[:, None].to(device))  # (S, 1, A)
-                action = agent.actor.sample(mean, noise[:, :1])
-            rows, ends[:, t], returns = episodes.step(action[:, 0].cpu().numpy())
-            transform_rewards(replace(dataset, transitions=rows), args.reward_transform, MAZE_TRANSFORMS)
-            online[:, t] = torch.from_numpy(rows).to(device)
-            t, num_updates = t + 1, num_updates + 1
-            for s, episode_return in returns:
-                writer.add_scalar(f"train/return_seed{args.seed + s}", episode_return, num_updates)
-
-            # learn, from the offline data and all own steps
-            u = [torch.rand(B, generator=g, dtype=torch.float64, device=device) for g in online_generators]
-            index = (torch.stack(u) * (N + t)).long()
-            index += (index >= N) * torch.arange(0, S * T, T, device=device)[:, None]  # where the seed's steps begin
-            inputs = index[None], noise[None, :, 1 : 1 + B], noise[None, :, 1 + B :]
-            if device.type == "cuda" and online_learn is learn:
-                online_learn = cuda_graph(learn, agent, *inputs)
-            metrics = online_learn(*inputs)
-        stage_over, done, stopped = num_updates in (last_offline, last), num_updates == last, bool(stop)
-
-        # evaluate, log, save
-        for variant, evaluator in evaluators.items():
-            if num_updates % args.eval_every == 0 or stage_over:
-                evaluator.submit(num_updates, policies[variant])
-        for evaluator in evaluators.values():
-            evaluator.collect(wait=done)
-        if num_updates % args.log_every == 0:
-            for tag, value in metrics.items():
-                writer.add_scalar(tag, value.mean().item(), num_updates)
-        rate = (num_updates - first_update) / (time.time() - started)
-        if time.time() - printed > 5 or done:
-            printed = time.time()
-            left = timedelta(seconds=int((last - num_updates) / rate))
-            print(f"update {num_updates:,}/{last:,}, {rate:.0f} updates/s, {left} left", flush=True)
-        if num_updates % args.checkpoint_every == 0 or stage_over or stopped:
-            if num_updates <= last_offline and num_updates % UPDATES_PER_BLOCK == 0:  # the next block is to be drawn
-                generator_states = [generator.get_state() for generator in generators]
-            save()
-
-    for evaluator in evaluators.values():
-        evaluator.close()
+    speed = (last - first) / (time.time() - started)
+    rows = report(rows, jobs, run_dir, writer)
     writer.close()
-    if num_updates < last:
-        print(f"stopped at update {num_updates:,}; continue with: python {sys.argv[0]} --resume {run_dir}")
-        raise SystemExit(128 + stop[0])
-    print_result(args, run_dir, num_updates, rate)
+    result = summary(rows, args.num_seeds)
+    print(f"{result}; {last:,} updates, {speed:.0f}/s per seed; run folder {run_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:  # also Ctrl-C; without this, it would wait for the evaluations that are queued
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise

@@ -1,1305 +1,872 @@
-"""BCQ: batch-constrained Q-learning, which takes actions that the data might hold; it can go on learning online.
+"""BCQ: batch-constrained Q-learning, offline and then, if asked, online (BCQ-ft).
 
-Papers: S. Fujimoto, D. Meger, D. Precup, "Off-Policy Deep Reinforcement Learning without Exploration", 2019,
-arXiv:1812.02900 (BCQ); S. Lee, Y. Seo, K. Lee, P. Abbeel, J. Shin, "Addressing Distribution Shift in Online
-Reinforcement Learning with Offline Datasets", NeurIPS Workshop on Offline Reinforcement Learning, 2020 (BCQ-ft).
+Papers: S. Fujimoto, D. Meger, D. Precup, "Off-Policy Deep Reinforcement Learning without Exploration",
+2019, arXiv:1812.02900 (BCQ); S. Lee et al., "Addressing Distribution Shift in Online Reinforcement
+Learning with Offline Datasets", NeurIPS Workshop on Offline Reinforcement Learning, 2020 (BCQ-ft).
 
-Idea. Q-learning on a fixed dataset asks its critics about actions that the data does not have, and nothing ever
-corrects what they make up there. BCQ asks about likely actions only. A conditional VAE learns which actions the data
-has in states like this one. The policy draws some of those, lets a perturbation network move each of them a little
-towards higher Q, and takes the best; the Bellman backup does the same at the next state. Online (BCQ-ft), nothing
-changes but the data: the same update goes on, with the agent's own steps among the logged ones.
+Idea. Q-learning on a fixed dataset asks its critics about actions that the data does not have, and
+nothing corrects what they make up there. BCQ asks about likely actions only. A conditional VAE learns
+which actions the data has in states like this one. The policy draws some of them, lets a perturbation
+network move each a little towards higher Q, and takes the best; so does the backup at the next state.
+Online (BCQ-ft) the same update goes on, with the agent's own steps among the logged ones.
 
-Objectives (S seeds, C critics, B batch, O observation, A action, Z latent = 2 A; K draws at each next state; numbers
-are of this file):
-    vae       L = mean (decoder(s, mean + std * noise) - a)^2 + kl_weight mean KL(N(mean, std^2) || N(0, 1)),
-              mean, std = encoder(s, a)                                                                              (1)
+Objectives, numbered here. Shapes: S seeds, C critics, B batch, O observation, A action, Z = 2 A latent,
+N transitions, E episodes, K draws at each next state, M candidates; z ~ N(0, 1), clipped at 0.5.
+    vae       L = mean (decoder(s, mean + std * noise) - a)^2 + 1/2 mean KL(N(mean, std^2) || N(0, 1)),
+              mean, std = encoder(s, a)                                                           (1)
     action    pi(s, z) = clip(a~ + max_perturbation tanh(perturbation(s, a~)), -1, 1),
-              a~ = decoder(s, clip(z, -latent_clip, latent_clip)),  z ~ N(0, 1)                                      (2)
-    critic    y = r + gamma (1 - terminated) max over K draws of z of Q_soft(s', pi_target(s', z))
-              Q_soft = min_weight min Q_target + (1 - min_weight) max Q_target, over the critics                     (3)
-              L = sum over C of mean (y - Q(s, a))^2
-    actor     L = -mean Q_1(s, pi(s, z)), minimised over the perturbation network alone                              (4)
-    policy    argmax of Q_1(s, pi(s, z)) over num_candidates draws of z                                              (5)
-    targets   Q_target, perturbation_target <- (1 - polyak) target + polyak online;  the VAE has none
-Each update: VAE, critics, perturbation network, targets (the order of the BCQ authors' code); each sees what those
-before it have just learned.
+              a~ = decoder(s, z)                                                                  (2)
+    critic    y = r + gamma (1 - terminated) max over K draws of z of Q_soft(s', pi_target(s', z)),
+              Q_soft = min_weight min Q_target + (1 - min_weight) max Q_target, over the critics
+              L_Q = sum over C of mean (Q(s, a) - y)^2                                            (3)
+    actor     L_pi = -mean Q_1(s, pi(s, z)), for the perturbation network alone                   (4)
+    targets   target <- (1 - target_update_rate) target + target_update_rate online, of the critics
+              and the perturbation network; the VAE has none
+    acting    the best by Q_1 of M draws pi(s, z)                                                 (5)
+Each update: VAE, critics, perturbation network, targets, each with what those before it have learned.
 
 What differs from the papers and their code, and why.
-    - (5) is random: other draws, another action. Evaluations take the same num_candidates draws at every step, which
-      belong to the agent like its weights. So the policy that is evaluated is a function of the state, and gives the
-      same returns with any number of workers and after a stop. Online, every step has draws of its own.
-    - These draws are all the exploration that BCQ-ft has, as the BCQ code adds no noise to the action.
-    - The squared error is a mean over action dimensions and the KL one over latent dimensions, as in the code.
-    - The candidates at s' and the action at s come from one pass of the decoder, which does not change in between.
-    - Online, an epoch of steps pays for as many updates, on batches that are uniform over the offline data and all own
-      steps. The tenfold first epoch (--first-updates 10000) belongs to the BRED of the same paper, not to BCQ-ft.
-    - Bootstrapping goes on through time limits (truncation) and stops at true ends (termination).
-    - Weights, draws and noise come from generators of each seed's own (and stage), so that a seed gives the same run
-      alone or among others.
-    - evaluations.csv counts updates offline, and goes on counting with the steps of the environment.
+    - Squared errors are means over action dimensions, KL divergences over latent ones, as in the code.
+    - The K actions at s' and the one at s come from one pass of the decoder, which does not change in
+      between. All seeds' draws are their own; those of an evaluation are a function of its episode.
+    - The draws of (5) are all the exploration of BCQ-ft, for the code adds no noise to the action.
+    - Online, each step in the environment pays for one update on a batch that is uniform over the data
+      and the agent's own steps; Lee et al. make 1,000 updates after 1,000 steps. Steps go on in the
+      count of updates. A resumed run goes on from its last checkpoint with a new episode.
+    - Bootstrapping goes on through time limits (truncation) and ends at true ends (termination).
 
-Reading:  the method stands above the first `# Plumbing`; below are common parts and, last, the training loop.
 Run:      python algorithms/bcq.py --dataset hopper/replay-v0
-BCQ-ft:   python algorithms/bcq.py --dataset hopper/replay-v0 --online-steps 250000
-          python algorithms/bcq.py --resume runs/bcq/RUN --online-steps 250000
-Expected: from 13 up to 37 ± 4 in the small setting of benchmarks.md's grid bred: 20,000 updates offline, as many steps
-          online, networks of 2x64, a VAE of 2x128. With these defaults (grid bred_paper): not run yet.
+Online:   --online-steps 250000 --eval-every 1000
+Expected: no number yet from these commands
 """
 
-import contextlib
 import copy
-import csv
-import ctypes
-import io
 import json
-import math
 import multiprocessing
 import os
 import pickle
-import shlex
-import shutil
-import signal
-import subprocess
+import re
 import sys
-import tempfile
 import threading
 import time
-import urllib.request
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import distributions
-from itertools import pairwise, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import h5py
+import minari
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays as one CUDA graph
+# Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
+# Purposes are never 0, because numpy ignores zeros at the end
+DRAWS = 1
+EVALUATION = 2
+EXPLORATION = 3
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
+KL_WEIGHT = 0.5  # of the VAE's divergence against its squared error
+LATENT_CLIP = 0.5  # bound of the latent vectors that actions are drawn with
 
 
 @dataclass
 class Args:
-    dataset: tuple[str, ...] = ("hopper/replay-v0",)
-    """Minari ids, Minari folders or D4RL .hdf5 files, concatenated; `ID:0.1` takes a tenth of the episodes"""
-    env_id: str | None = None
-    """environment of the online stage and of evaluations; default: the dataset's own (D4RL: from the file's name)"""
-    seed: int = 0
-    """first seed; agent k uses seed + k"""
-    num_seeds: int = 1
-    """agents trained side by side in one batched computation (the axis S)"""
-    num_updates: int = 1_000_000
-    """gradient steps of the offline stage"""
-    batch_size: int = 100
-    """transitions per update and seed (the axis B)"""
-    hidden_sizes: tuple[int, ...] = (400, 300)
-    """widths of the hidden layers of critics and perturbation network"""
-    vae_hidden_sizes: tuple[int, ...] = (750, 750)
-    """widths of the hidden layers of encoder and decoder"""
-    learning_rate: float = 1e-3
-    """Adam step size of every network"""
-    gamma: float = 0.99
-    """discount factor"""
-    max_perturbation: float = 0.05
-    """Phi: how far an action may be moved from the VAE's (actions are in [-1, 1])"""
-    min_weight: float = 0.75
-    """lambda: weight of the smaller target critic in the backup; the larger one has the rest"""
-    kl_weight: float = 0.5
-    """weight of the VAE's KL divergence against its squared error"""
-    latent_clip: float = 0.5
-    """bound of the latent vectors that actions are drawn with"""
-    num_next_actions: int = 10
-    """actions that the backup takes the best of (K)"""
-    num_candidates: int = 100
-    """actions that the policy takes the best of"""
-    polyak: float = 0.005
-    """share of the online networks in their targets at every update (tau)"""
-    online_steps: int = 0
-    """environment steps per seed after the offline stage, rounded up to whole epochs"""
-    steps_per_epoch: int = 1_000
-    """online: environment steps before each block of updates"""
-    updates_per_epoch: int = 1_000
-    """online: gradient steps in an epoch"""
-    first_updates: int = 1_000
-    """online: gradient steps in the first epoch"""
-    save_online: str | None = None
-    """when done, write the online data of the first seed to this folder, as a Minari dataset"""
-    eval_every: int = 5_000
-    """offline: updates between evaluations"""
-    online_eval_every: int = 1_000
-    """online: environment steps between evaluations, which wait for the end of an epoch"""
-    eval_episodes: int = 10
-    """episodes per evaluation and seed, with the best of fixed candidates; 0: never evaluate"""
-    eval_workers: int | None = None
-    """processes that evaluate beside training (0: inline; default: one per seed, as far as there are cores)"""
-    checkpoint_every: int = 50_000
-    """updates between checkpoints; the end of a stage and a stop by Ctrl-C or SIGTERM write one too"""
-    log_every: int = 1_000
-    """updates between entries in TensorBoard"""
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    allow_tf32: bool = False
-    """let a GPU multiply matrices in TF32: faster, 10 bits of mantissa"""
-    run_dir: str | None = None
-    """where the results go; default runs/bcq/<dataset>/<seeds>-<time>"""
-    resume: str | None = None
-    """continue the run in this folder, exactly where its last checkpoint stands"""
-    evaluate: str | None = None
-    """evaluate the policies of the run in this folder, train nothing"""
-    capture_video: bool = False
-    """with --evaluate: record each seed's first episode to RUN_DIR/videos"""
+    dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids or folders, D4RL files; `ID:0.1`: a tenth of them
+    env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: of the first dataset
+    seed: int = 0  # first seed; agent s uses seed + s
+    num_seeds: int = 1  # agents trained side by side in one batched computation
+    num_updates: int = 1_000_000  # gradient steps offline
+    online_steps: int = 0  # environment steps of each seed after these, with one update each
+    batch_size: int = 100  # transitions per update and seed
+    hidden_sizes: tuple[int, ...] = (400, 300)  # widths of the hidden layers of critics and perturbation
+    vae_hidden_sizes: tuple[int, ...] = (750, 750)  # the same of encoder and decoder
+    learning_rate: float = 1e-3  # Adam's step size for every network
+    gamma: float = 0.99  # discount factor
+    target_update_rate: float = 0.005  # share of the networks in their targets at every update
+    max_perturbation: float = 0.05  # Phi: how far an action may be moved from the VAE's
+    min_weight: float = 0.75  # lambda: weight of the smaller target critic in a backup; the rest is the larger's
+    num_next_actions: int = 10  # K: actions that the backup takes the best of
+    num_candidates: int = 100  # M: actions that the policy takes the best of
+    eval_every: int = 5_000  # updates between evaluations, each of which comes with a checkpoint
+    eval_episodes: int = 10  # episodes per evaluation and seed; 0: never evaluate
+    log_every: int = 1_000  # updates between entries in TensorBoard
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where training runs
+    run_dir: str | None = None  # where the results go; default: runs/SCRIPT/DATASET/SEED-TIME-PROCESS
+    resume: str | None = None  # continue the run in this folder from its last checkpoint, online in a new episode
+    evaluate: str | None = None  # evaluate the policies of the run in this folder, train nothing
+    capture_video: bool = False  # film the evaluations (on a machine without screen: MUJOCO_GL=egl)
+
+    def __post_init__(self):
+        self.hidden_sizes = tuple(self.hidden_sizes)  # JSON makes a list of it
+        self.vae_hidden_sizes = tuple(self.vae_hidden_sizes)
+        self.dataset = tuple(  # files by their full path, so that a run goes on from anywhere
+            os.path.abspath(name) if os.path.exists(NAME.fullmatch(name)[1]) else name
+            for name in self.dataset
+        )
+        rates = self.gamma, self.target_update_rate, self.min_weight
+        if not all(0 <= rate <= 1 for rate in rates):
+            sys.exit("error: gamma, target_update_rate and min_weight are rates; give numbers in [0, 1]")
+        if self.online_steps and not self.eval_episodes:
+            sys.exit("error: the online stage is in the environment of the evaluations; give --eval-episodes 1")
+        periods = self.num_updates, self.eval_every, self.log_every
+        if any(period <= 0 or period % CHUNK for period in periods) or self.online_steps % CHUNK:
+            sys.exit(f"error: updates, steps, eval_every and log_every count in {CHUNK}s; give multiples of it")
 
 
-# flags that may differ when a run goes on or is evaluated: they do not change what an update computes
-RESUME_MAY_CHANGE = {"resume", "evaluate", "run_dir", "device", "num_updates", "online_steps", "eval_episodes"}
-RESUME_MAY_CHANGE |= {"eval_workers", "checkpoint_every", "log_every", "capture_video", "save_online"}
+# The idea: choose among actions that the data might hold -------------------------------------------
+class VAE(nn.Module):
+    """Which actions the data has in a state: latent vectors that stand for an action, and the way back."""
+
+    def __init__(self, obs_dim, action_dim, hidden_sizes, generators):
+        super().__init__()
+        self.latent_dim = 2 * action_dim
+        encoder_sizes = [obs_dim + action_dim, *hidden_sizes, 2 * self.latent_dim]
+        decoder_sizes = [obs_dim + self.latent_dim, *hidden_sizes, action_dim]
+        self.encoder = MLP(encoder_sizes, fan_in_uniform, generators)
+        self.decoder = MLP(decoder_sizes, fan_in_uniform, generators)
+
+    def encode(self, obs, action):
+        """Mean and log_std, (S, B, Z) each."""
+        obs_action = torch.cat([obs, action], -1)
+        mean, log_std = self.encoder(obs_action).chunk(2, dim=-1)
+        return mean, log_std.clamp(-4, 15)  # bounds of the authors' code
+
+    def decode(self, obs, latent):
+        """Action (S, B, A) in [-1, 1]."""
+        return self.decoder(torch.cat([obs, latent], -1)).tanh()
+
+    def draw(self, obs, noise):
+        """Actions (S, B, A) that the data might hold, a~ of (2), from standard normal noise (S, B, Z)."""
+        return self.decode(obs, noise.clamp(-LATENT_CLIP, LATENT_CLIP))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The idea: choose among actions that the data might hold
-# ---------------------------------------------------------------------------------------------------------------------
+class BestOfCandidates(nn.Module):
+    """Acts as the best by Q_1 of M likely actions, (5). An episode's noise is a function of its first
+    observation, and so of seed, update and episode."""
+
+    def __init__(self, agent, args):
+        super().__init__()
+        self.vae = agent.vae
+        self.perturbation = agent.perturbation
+        self.critic = agent.critic
+        self.num_candidates = args.num_candidates
+        self.generators = None
+
+    @torch.no_grad()
+    def best(self, obs, noise):
+        """The action at obs (S, O) -> (S, A), its candidates from standard normal noise (S, M, Z)."""
+        obs = obs[:, None].expand(-1, noise.shape[1], -1)
+        likely_action = self.vae.draw(obs, noise)
+        action = self.perturbation(obs, likely_action)  # (S, M, A)
+        q = first_critic(self.critic, torch.cat([obs, action], -1))  # (S, M)
+        best = q.argmax(1)
+        return action.take_along_dim(best[:, None, None], 1).squeeze(1)
+
+    def forward(self, obs):  # (S, 1, O)
+        obs = obs.squeeze(1)
+        if self.generators is None:  # the episode begins
+            bits = obs.numpy().view(np.uint32)
+            self.generators = [np.random.default_rng(entropy) for entropy in bits]
+        shape = self.num_candidates, self.vae.latent_dim
+        noise = [generator.standard_normal(shape, np.float32) for generator in self.generators]
+        noise = torch.from_numpy(np.stack(noise))
+        return self.best(obs, noise)[:, None]
 
 
-def soft_minimum(q, min_weight):
-    """Q_soft, (3): between the smaller and the larger critic, nearer to the smaller. q (S, C, B) -> (S, B)."""
-    return min_weight * q.amin(1) + (1 - min_weight) * q.amax(1)
-
-
-def best_action(actions, q):
-    """The action of highest value at each state, (5): actions (S, K, B, A), q (S, K, B) -> (S, B, A)."""
-    best = q.argmax(1)[:, None, :, None].expand(-1, -1, -1, actions.shape[-1])
-    return actions.gather(1, best).squeeze(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def fan_in_uniform(weight, bias, generator):
-    """U(-1/sqrt(in), 1/sqrt(in)) for weight (in, out) and bias (out): what torch.nn.Linear does."""
+    """First values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
     bound = weight.shape[0] ** -0.5
     weight.uniform_(-bound, bound, generator=generator)
     bias.uniform_(-bound, bound, generator=generator)
 
 
 class MLP(nn.Module):
-    """`lead` independent ReLU networks side by side: weights (*lead, in, out), one batched product per layer.
+    """S * C independent networks side by side: weights (S * C, in, out), one batched product a layer."""
 
-    lead: (S,) or (S, C); init(weight, bias, generator) fills one layer of one network in place;
-    generators: one torch.Generator per seed, so that the weights of a seed do not depend on its neighbours.
-    """
-
-    def __init__(self, lead, sizes, init, generators, dropout=0.0):
+    def __init__(self, sizes, init, generators, C=1, activation=torch.relu_):
         super().__init__()
-        self.lead, self.dropout, self.layers = lead, dropout, []
-        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            weight, bias = torch.zeros(*lead, fan_in, fan_out), torch.zeros(*lead, 1, fan_out)
-            for s, generator in enumerate(generators):
-                for w, b in zip(weight[s].view(-1, fan_in, fan_out), bias[s].view(-1, fan_out)):
-                    init(w, b, generator)
-            self.layers.append((nn.Parameter(weight), nn.Parameter(bias)))
-            self.register_parameter(f"weight{i}", self.layers[i][0])
-            self.register_parameter(f"bias{i}", self.layers[i][1])
+        self.C = C
+        self.activation = activation
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for fan_in, fan_out in zip(sizes, sizes[1:]):
+            weight = torch.empty(len(generators) * C, fan_in, fan_out)
+            bias = torch.empty(len(generators) * C, 1, fan_out)
+            for i in range(len(weight)):
+                init(weight[i], bias[i], generators[i // C])  # views, filled in place
+            self.weights.append(weight)  # which makes it a Parameter
+            self.biases.append(bias)
 
     def forward(self, x):
-        """x (S, B, in) -> (*lead, B, out)."""
-        if len(self.lead) > 1:  # every critic of a seed sees the same input
-            x = x[:, None].expand(-1, self.lead[1], -1, -1).flatten(0, 1)
-        for i, (weight, bias) in enumerate(self.layers):
-            if len(self.lead) > 1:  # the batched product takes one leading axis
-                weight, bias = weight.flatten(0, 1), bias.flatten(0, 1)
+        """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
+        if self.C > 1:
+            x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            if i > 0:
+                x = self.activation(x)
             if weight.shape[-1] > 1:
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
-            if i < len(self.layers) - 1:
-                x = x.relu_()
-                if self.dropout:
-                    x = F.dropout(x, self.dropout, self.training)
-        return x.unflatten(0, self.lead) if len(self.lead) > 1 else x
+        return x.unflatten(0, (-1, self.C)).squeeze(1)  # no C where it is 1
 
 
-class Adam(nn.Module):
-    """Adam (Kingma and Ba, 2015) by torch's fused kernel, with all of its state in fixed buffers.
+class Perturbation(nn.Module):
+    """xi: moves an action by up to max_perturbation, to where Q_1 is higher, (2)."""
 
-    torch.optim.Adam computes the same, but its bookkeeping costs time that small networks notice, and state that is
-    there from the start goes into CUDA graphs and checkpoints without further ado.
-    """
-
-    def __init__(self, parameters, learning_rate):
+    def __init__(self, obs_dim, action_dim, hidden_sizes, generators, max_perturbation):
         super().__init__()
-        self.params = list(parameters)
-        device = self.params[0].device
-        self.register_buffer("learning_rate", torch.tensor(learning_rate, device=device))  # may follow a schedule
-        self.register_buffer("num_steps", torch.zeros((), device=device))
-        for i, parameter in enumerate(self.params):
-            self.register_buffer(f"mean{i}", torch.zeros_like(parameter))
-            self.register_buffer(f"square{i}", torch.zeros_like(parameter))
-
-    def minimize(self, loss):
-        """One step on this optimiser's own parameters; no other parameter gets a gradient."""
-        grads = torch.autograd.grad(loss, self.params)
-        learning_rate, num_steps, *moments = self.buffers()
-        with torch.no_grad():
-            num_steps.add_(1)
-            torch._fused_adam_(
-                self.params, grads, moments[::2], moments[1::2], [], [num_steps] * len(grads), lr=learning_rate,
-                beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
-
-
-class Encoder(MLP):
-    """Half of the VAE: the Gaussian of the latent vectors that an action in a state stands for."""
+        sizes = [obs_dim + action_dim, *hidden_sizes, action_dim]
+        self.net = MLP(sizes, fan_in_uniform, generators)
+        self.max_perturbation = max_perturbation
 
     def forward(self, obs, action):
-        """obs (S, B, O), action (S, B, A) -> mean, log_std, each (S, B, Z)."""
-        mean, log_std = super().forward(torch.cat([obs, action], -1)).chunk(2, dim=-1)
-        return mean, log_std.clamp(-4, 15)
+        offset = self.net(torch.cat([obs, action], -1)).tanh()
+        return (action + self.max_perturbation * offset).clamp(-1, 1)
 
 
-class Decoder(MLP):
-    """The other half, the generative model G: an action like those that the data has in a state."""
-
-    def forward(self, obs, latent):
-        """obs (S, B, O), latent (S, B, Z) -> action (S, B, A) in [-1, 1]."""
-        return super().forward(torch.cat([obs, latent], -1)).tanh()
-
-
-class Perturbation(MLP):
-    """xi: moves an action a little, to where Q_1 is higher."""
-
-    def forward(self, obs, action, max_perturbation):
-        """obs (S, B, O), action (S, B, A) -> action (S, B, A) in [-1, 1]."""
-        offset = max_perturbation * super().forward(torch.cat([obs, action], -1)).tanh()
-        return (action + offset).clamp(-1, 1)
+def first_critic(critic, x):
+    """Q_1 (S, B) alone of x (S, B, O + A): the actor climbs no other."""
+    for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases)):
+        if i > 0:
+            x = critic.activation(x)
+        x = torch.baddbmm(bias[:: critic.C], x, weight[:: critic.C])
+    return x.squeeze(-1)
 
 
-def first_critic(critic):
-    """Q_1 alone of critics (S, C): an MLP of lead (S,) on detached views of their weights; its input gets gradients."""
-    first = copy.copy(critic)
-    first.lead = critic.lead[:1]
-    first.layers = [(weight[:, 0].detach(), bias[:, 0].detach()) for weight, bias in critic.layers]
-    return first
+class Agent(nn.Module):
+    """Networks and optimizers of S independent agents."""
 
-
-class BestCandidate(nn.Module):
-    """The policy (5), on networks that it shares with the agent."""
-
-    def __init__(self, agent, args):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.decoder, self.perturbation, self.critic = agent.decoder, agent.perturbation, agent.critic
-        self.latent_clip, self.max_perturbation = args.latent_clip, args.max_perturbation
-        self.register_buffer("eval_noise", agent.eval_noise)
-
-    def sample(self, obs, noise):
-        """The best of K candidates: obs (S, B, O), standard normal noise (S, K, Z) for all B alike -> (S, B, A)."""
-        K, B = noise.shape[1], obs.shape[1]
-        obs = obs.repeat(1, K, 1)  # (S, K * B, O)
-        latent = noise.clamp(-self.latent_clip, self.latent_clip).repeat_interleave(B, 1)  # (S, K * B, Z)
-        actions = self.perturbation(obs, self.decoder(obs, latent), self.max_perturbation)
-        q = first_critic(self.critic)(torch.cat([obs, actions], -1)).squeeze(-1)  # (S, K * B)
-        return best_action(actions.unflatten(1, (K, B)), q.unflatten(1, (K, B)))
-
-    def act(self, obs):
-        """The action (S, B, A) in [-1, 1] that evaluations use: the candidates come from the same noise every time."""
-        return self.sample(obs, self.eval_noise)
-
-
-class BCQAgent(nn.Module):
-    """Networks and optimisers of S independent agents."""
-
-    def __init__(self, obs_dim, action_dim, args, device):
-        super().__init__()
-        S, O, A, Z = args.num_seeds, obs_dim, action_dim, 2 * action_dim  # noqa: E741
-        generators = [torch.Generator().manual_seed(args.seed + s) for s in range(S)]
-        hidden, vae_hidden = args.hidden_sizes, args.vae_hidden_sizes
-        self.args, self.widths = args, [O, A, 1, O, 1]  # of a packed transition: s, a, r, s', not terminated
-        self.encoder = Encoder((S,), [O + A, *vae_hidden, 2 * Z], fan_in_uniform, generators)
-        self.decoder = Decoder((S,), [O + Z, *vae_hidden, A], fan_in_uniform, generators)
-        self.perturbation = Perturbation((S,), [O + A, *hidden, A], fan_in_uniform, generators)
-        self.critic = MLP((S, 2), [O + A, *hidden, 1], fan_in_uniform, generators)
+        # one generator per seed, so that its weights do not depend on its neighbours
+        generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.num_seeds)]
+        hidden = args.hidden_sizes
+        self.vae = VAE(obs_dim, action_dim, args.vae_hidden_sizes, generators)
+        self.perturbation = Perturbation(obs_dim, action_dim, hidden, generators, args.max_perturbation)
+        self.critic = MLP([obs_dim + action_dim, *hidden, 1], fan_in_uniform, generators, C=2)
         self.target_perturbation = copy.deepcopy(self.perturbation).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        eval_noise = [torch.randn(args.num_candidates, Z, generator=generator) for generator in generators]
-        self.register_buffer("eval_noise", torch.stack(eval_noise))
-        self.to(device)
-        vae = [*self.encoder.parameters(), *self.decoder.parameters()]
-        networks = {"vae": vae, "critic": self.critic.parameters(), "perturbation": self.perturbation.parameters()}
-        adams = {name: Adam(parameters, args.learning_rate) for name, parameters in networks.items()}
-        self.optimizers = nn.ModuleDict(adams)
-
-    @property
-    def actor(self):
-        """What acts and is evaluated; it shares memory with the agent's networks."""
-        return BestCandidate(self, self.args)
+        self.to(args.device)
+        self.optimizers = {}
+        for name in ("vae", "critic", "perturbation"):
+            parameters = getattr(self, name).parameters()
+            rate = torch.tensor(args.learning_rate, device=args.device)  # a CUDA graph would keep a number
+            adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
+            self.optimizers[name] = adam
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The update
-# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers and replay ------------------------------------------------------------------------
+def draw_uniforms_and_noise(seeds, batch_size, noise_shape, device, step):
+    """What CHUNK updates from `step` on take at random, (CHUNK, S, ...): float64 numbers in [0, 1), for their
+    batches, and standard normal noise; each seed draws its own."""
+    uniforms = []
+    noise = []
+    for seed in seeds:
+        entropy = np.random.SeedSequence((seed, DRAWS, step)).generate_state(1).item()
+        generator = torch.Generator(device).manual_seed(entropy)
+        options = {"generator": generator, "device": device}
+        uniforms.append(torch.rand(CHUNK, batch_size, dtype=torch.float64, **options))
+        noise.append(torch.randn(CHUNK, *noise_shape, **options))
+    return torch.stack(uniforms, 1), torch.stack(noise, 1)
 
 
-def update(agent, batch, posterior_noise, noise, args):
-    """One gradient step of every agent; nothing in here waits for the GPU.
+class Replay(nn.Module):
+    """Rows to draw batches from, on one device: first `data` (N, width), which all seeds share and which may be
+    empty, then the newest `size` steps of each seed. Checkpoints have the steps, the oldest first."""
 
-    batch: (S, B, O + A + 1 + O + 1) packed transitions; posterior_noise (S, B, Z), noise (S, K + 1, B, Z): standard
-    normal, the latter for K actions at s' and one at s. Returns a dict of metrics, each (S,), on the device.
-    """
-    obs, action, reward, next_obs, not_terminated = batch.split(agent.widths, dim=-1)
-    reward, not_terminated = reward.squeeze(-1), not_terminated.squeeze(-1)  # (S, B)
-    S, (K, B) = len(obs), (args.num_next_actions, args.batch_size)
+    def __init__(self, data, num_seeds, size):
+        super().__init__()
+        self.num_data = len(data)
+        self.size = size
+        self.num_added = 0
+        steps = data.new_zeros(num_seeds * size, data.shape[1])
+        self.rows = torch.cat([data, steps])
+        self.steps = self.rows[len(data) :].unflatten(0, (num_seeds, size))  # the same memory
+        self.offset = size * torch.arange(num_seeds, device=data.device)[:, None]
+
+    def add(self, columns):
+        """One step of every seed, in columns (S, width of the column)."""
+        row = np.concatenate(columns, axis=1, dtype=np.float32)
+        self.steps[:, self.num_added % self.size] = torch.from_numpy(row)
+        self.num_added += 1
+
+    def index(self, uniform):
+        """Where in `rows` a batch is, (S, B): each seed draws evenly from the data and its own steps."""
+        num_rows = self.num_data + min(self.num_added, self.size)
+        index = (uniform * num_rows).long()
+        return index + self.offset * (index >= self.num_data)
+
+    def get_extra_state(self):
+        kept = torch.arange(max(0, self.num_added - self.size), self.num_added)
+        return self.steps[:, kept % self.size].cpu()
+
+    def set_extra_state(self, steps):
+        steps = steps[:, -self.size :]
+        self.num_added = steps.shape[1]
+        self.steps[:, : self.num_added] = steps
+
+
+# The update ---------------------------------------------------------------------------------------
+def minimize(loss, optimizer):
+    """One step on the optimizer's own parameters; no other parameter gets a gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    loss.backward(inputs=parameters)
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None  # faster than zero_grad
+
+
+def update(agent, obs, action, reward, next_obs, not_terminated, noise, args):
+    """One gradient step of every agent on obs (S, B, O), action (S, B, A), reward (S, B), next_obs (S, B, O),
+    not_terminated (S, B), never (S, B, 1), which would broadcast, and noise (S, (K + 2) B, Z), standard normal.
+    Returns what to log the mean of, still on the device: nothing here waits for a GPU."""
+    B = obs.shape[1]
+    K = args.num_next_actions
+    posterior_noise, noise = noise.split([B, (K + 1) * B], dim=1)
 
     # VAE, (1): rebuild the logged action from a latent vector that is nearly standard normal
-    mean, log_std = agent.encoder(obs, action)  # (S, B, Z) each
-    rebuilt = agent.decoder(obs, mean + log_std.exp() * posterior_noise)
+    mean, log_std = agent.vae.encode(obs, action)  # (S, B, Z) each
+    rebuilt = agent.vae.decode(obs, mean + log_std.exp() * posterior_noise)
     reconstruction_loss = (rebuilt - action).square().mean((1, 2))  # (S,)
-    kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).mean((1, 2))  # (S,)
-    agent.optimizers["vae"].minimize((reconstruction_loss + args.kl_weight * kl).sum())  # sum over S: seeds never mix
+    log_variance = 2 * log_std
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+    kl_loss = divergence.mean((1, 2))  # (S,)
+    vae_loss = reconstruction_loss + KL_WEIGHT * kl_loss
+    minimize(vae_loss.sum(), agent.optimizers["vae"])  # sum over S: seeds never mix
 
-    # actions that the data might hold, K at every s' and one at s, (2) before its perturbation
     with torch.no_grad():
-        latent = noise.clamp(-args.latent_clip, args.latent_clip).flatten(1, 2)  # (S, (K + 1) * B, Z)
+        # actions that the data might hold, K at every s' and one at s
         next_obs = next_obs.repeat(1, K, 1)  # (S, K * B, O)
-        likely = agent.decoder(torch.cat([next_obs, obs], 1), latent)  # (S, (K + 1) * B, A)
-        next_action, sampled_action = likely.split([K * B, B], dim=1)
+        likely = agent.vae.draw(torch.cat([next_obs, obs], 1), noise)
+        next_action, likely_action = likely.split([K * B, B], dim=1)
 
-    # critics, (3): towards the best of the K; only a true end of the episode cuts the bootstrap
-    with torch.no_grad():
-        next_action = agent.target_perturbation(next_obs, next_action, args.max_perturbation)
+        # the best of the K bootstraps through a time limit, but not through a true end
+        next_action = agent.target_perturbation(next_obs, next_action)
         next_q = agent.target_critic(torch.cat([next_obs, next_action], -1)).squeeze(-1)  # (S, C, K * B)
-        best_q = soft_minimum(next_q, args.min_weight).view(S, K, B).amax(1)  # (S, B)
+        soft_minimum = args.min_weight * next_q.amin(1) + (1 - args.min_weight) * next_q.amax(1)
+        best_q = soft_minimum.unflatten(1, (K, B)).amax(1)  # (S, B)
         backup = reward + args.gamma * not_terminated * best_q
+
+    # critics, (3)
     q = agent.critic(torch.cat([obs, action], -1)).squeeze(-1)  # (S, C, B)
     critic_loss = (q - backup[:, None]).square().mean(-1).sum(1)  # (S,)
-    agent.optimizers["critic"].minimize(critic_loss.sum())
+    minimize(critic_loss.sum(), agent.optimizers["critic"])
 
-    # perturbation network, (4): it climbs the critic that has just been improved
-    policy_action = agent.perturbation(obs, sampled_action, args.max_perturbation)  # (S, B, A)
-    policy_q = first_critic(agent.critic)(torch.cat([obs, policy_action], -1)).squeeze(-1)  # (S, B)
+    # perturbation network, (4): it climbs the first of the new critics
+    policy_action = agent.perturbation(obs, likely_action)
+    policy_q = first_critic(agent.critic, torch.cat([obs, policy_action], -1))  # (S, B)
     actor_loss = -policy_q.mean(-1)  # (S,)
-    agent.optimizers["perturbation"].minimize(actor_loss.sum())
+    minimize(actor_loss.sum(), agent.optimizers["perturbation"])
 
-    # targets
-    with torch.no_grad():
+    with torch.no_grad():  # targets
         targets = [*agent.target_critic.parameters(), *agent.target_perturbation.parameters()]
-        torch._foreach_lerp_(targets, [*agent.critic.parameters(), *agent.perturbation.parameters()], args.polyak)
+        for target, online in zip(targets, [*agent.critic.parameters(), *agent.perturbation.parameters()]):
+            target.lerp_(online, args.target_update_rate)
 
     return {
         "loss/reconstruction": reconstruction_loss.detach(),
-        "loss/kl": kl.detach(),
+        "loss/kl": kl_loss.detach(),
         "loss/critic": critic_loss.detach(),
         "loss/actor": actor_loss.detach(),
-        "value/q": q.detach().mean((1, 2)),
-        "value/backup": backup.mean(-1),
-        "policy/perturbation": (policy_action - sampled_action).detach().abs().mean((1, 2)),
+        "value/q": q.detach(),
+        "policy/perturbation": (policy_action - likely_action).detach().abs(),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing of the offline scripts: the dataset
-# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing of the offline scripts: data ------------------------------------------------------------
+class Data(NamedTuple):
+    """N transitions of E episodes, one after the other; nothing changes them in place. For arrays of your own
+    write a `load_data` that returns them, and delete everything from here to the next heading."""
+
+    obs: np.ndarray  # (N, O)
+    action: np.ndarray  # (N, A), in [-1, 1]
+    reward: np.ndarray  # (N,), as logged
+    next_obs: np.ndarray  # (N, O)
+    terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
+    returns: np.ndarray  # (E,), sums of all rewards as logged
+    lengths: np.ndarray  # (E,), numbers of transitions, N together
+    spec: EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
+    references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
-@dataclass
-class Dataset:
-    """N transitions in the order of their E episodes."""
-
-    transitions: np.ndarray  # (N, O + A + 1 + O + 1) float32: s, a, r, s', not terminated
-    episode_lengths: np.ndarray  # (E,) transitions of each episode
-    episode_returns: np.ndarray  # (E,) float64, sum of all rewards of the episode as logged
-    obs_dim: int
-    action_dim: int
-    environment: dict  # {"id": ..., "kwargs": {...}, "references": (random, expert) or None}
-
-
-def flat_array(node):
-    """An HDF5 array (T, ...), or a group of them (a Dict space), as (T, D) float32 in gymnasium.flatten's order."""
-    if isinstance(node, h5py.Group):
-        return np.concatenate([flat_array(node[key]) for key in sorted(node)], axis=1)
-    return np.asarray(node, np.float32).reshape(len(node), -1)
-
-
-def next_observations(obs, terminated):
-    """s' (T or T - 1, O) from obs (T + 1 or T, O): without the last one, a truncated episode loses its last step."""
-    missing = len(obs) == len(terminated) and terminated[-1]  # after a true end nothing bootstraps from s'
-    return np.concatenate([obs[1:], obs[-1:]]) if missing else obs[1:]
-
-
-def check_continuous(actions, path):
-    """Discrete actions are logged as one integer per step, or as a group of them."""
-    if isinstance(actions, h5py.Group) or actions.ndim == 1:
-        fail(f"{path} has discrete actions", "use a dataset with continuous actions")
-
-
-def minari_episodes(folder):
-    """Episodes and environment of a Minari folder: reads its JSON and HDF5, and runs nothing that they name."""
-    metadata = json.loads((folder / "metadata.json").read_text())
-    episodes = []
-    with h5py.File(folder / "main_data.hdf5") as file:
-        for i in range(metadata["total_episodes"]):
-            group = file[f"episode_{i}"]
-            check_continuous(group["actions"], folder)
-            obs, action = flat_array(group["observations"]), flat_array(group["actions"])
-            reward, terminated = group["rewards"][()], group["terminations"][()]
-            episodes.append((obs, action, reward, terminated, next_observations(obs, terminated)))
-    spec = json.loads(metadata.get("env_spec") or "{}")
-    if ":" in spec.get("id", ""):  # gymnasium would import the module before the colon
-        fail(f"{folder} names an environment outside the registry ({spec['id']})", "give --env-id")
-    kwargs = {**spec.get("kwargs", {}), "max_episode_steps": spec.get("max_episode_steps")}
-    references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if None not in references and not references[0] < references[1]:
-        raise ValueError(f"reference scores {references}")
-    return episodes, {
-        "id": spec.get("id"),
-        "kwargs": {name: value for name, value in kwargs.items() if value is not None},
-        "references": None if None in references else references,
-    }
-
-
-def d4rl_episodes(path):
-    """Episodes and environment of a D4RL file: they end at `terminals` or `timeouts`; a trailing one is kept."""
-    with h5py.File(path) as file:
-        check_continuous(file["actions"], path)
-        obs, action, reward = flat_array(file["observations"]), flat_array(file["actions"]), file["rewards"][()]
-        terminated = file["terminals"][()].astype(bool)
-        timeout = file["timeouts"][()].astype(bool) if "timeouts" in file else np.zeros_like(terminated)
-        next_obs = flat_array(file["next_observations"]) if "next_observations" in file else None
-    episodes = []
-    for i, j in pairwise(sorted({0, len(reward), *(np.flatnonzero(terminated | timeout) + 1)})):
-        s_next = next_observations(obs[i:j], terminated[i:j]) if next_obs is None else next_obs[i:j]
-        episodes.append((obs[i:j], action[i:j], reward[i:j], terminated[i:j], s_next))
-    names = {"halfcheetah": "HalfCheetah-v5", "hopper": "Hopper-v5", "walker2d": "Walker2d-v5"}
-    env_id = next((env_id for name, env_id in names.items() if path.name.startswith(name)), None)
-    return episodes, {"id": env_id, "kwargs": {}, "references": None}
-
-
-def find_dataset(name):
-    """Path of a D4RL file or Minari data folder: given as such, embedded here, local to Minari, or downloaded by it."""
-    local = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets") / name
-    for path in (Path(name), Path(__file__).resolve().parent.parent / "tests" / "data" / name, local):
-        if path.is_file():
-            return path
-        for folder in (path / "data", path):
-            if (folder / "metadata.json").exists():
-                return folder
-    if Path(name).exists() or Path(name).is_absolute() or name.endswith(".hdf5"):
-        fail(f"{name} is neither a D4RL file nor a folder with a Minari dataset", "check --dataset")
-    try:
-        urllib.request.urlopen("https://huggingface.co", timeout=5).close()  # fails at once where Minari would hang
-        import minari
-
-        minari.download_dataset(name)
-    except Exception as e:  # whatever the layers below raise, the user wants one line
-        fail(f"dataset {name} is not on this machine and cannot be downloaded ({e})", "check its name and the network")
-    return local / "data"
-
-
-def load_dataset(names, env_id=None, seed=0):
-    """All values of --dataset as one Dataset; its environment is that of the first, unless `env_id` is given."""
-    episodes, environments = [], []
-    for name in names:
-        base, _, fraction = name.rpartition(":")
-        if not fraction.replace(".", "", 1).isdigit():
-            base, fraction = name, "1"
-        path = find_dataset(base)
-        try:
-            loaded, environment = minari_episodes(path) if path.is_dir() else d4rl_episodes(path)
-        except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-            fail(f"dataset {base} is broken ({type(e).__name__}: {e})", "download or write it again")
-        if not 0 < float(fraction) <= 1:
-            fail(f"fraction {fraction} of dataset {base} is out of range", "give a number in (0, 1]")
-        kept = np.random.default_rng(seed).permutation(len(loaded))[: max(1, round(float(fraction) * len(loaded)))]
-        episodes += [loaded[i] for i in sorted(kept)]
-        environments.append(environment)
-    episodes = [episode for episode in episodes if len(episode[4])]  # at least one transition
-    widths = {(obs.shape[1], action.shape[1]) for obs, action, *_ in episodes}
-    if len(widths) != 1:
-        fail(f"the data is empty, or its (observation, action) dimensions differ: {sorted(widths)}", "check --dataset")
-    rows = []
-    for obs, action, reward, terminated, next_obs in episodes:
-        T = len(next_obs)
-        if not (T <= len(action) == len(reward) == len(terminated) <= len(obs)):
-            fail("an episode has arrays of different lengths", "write the dataset again")
-        columns = obs[:T], action[:T], reward[:T, None], next_obs, 1 - np.float32(terminated[:T, None])
-        with np.errstate(over="ignore"):  # becomes infinite, and is told as such
-            rows.append(np.concatenate(columns, axis=1, dtype=np.float32))
-    transitions = np.concatenate(rows)
-    episode_returns = np.array([np.sum(reward, dtype=np.float64) for _, _, reward, _, _ in episodes])
-    if not (np.isfinite(transitions).all() and np.isfinite(episode_returns).all()):
-        fail("the dataset has NaN or infinite values", "clean it first")
-    environment = environments[0]
-    if env_id and env_id != environment["id"]:
-        environment = {"id": env_id, "kwargs": {}, "references": None}
-    if environment["id"] and not environment["references"]:
-        environment["references"] = D4RL_REFERENCES.get(environment["id"].split("-")[0].split("_")[0])
-    return Dataset(transitions, np.array([len(row) for row in rows]), episode_returns, *widths.pop(), environment)
-
-
-def actions_of(dataset):
-    """View (N, A) of the actions in the packed transitions."""
-    return dataset.transitions[:, dataset.obs_dim : dataset.obs_dim + dataset.action_dim]
-
-
-def fit_to_environment(dataset):
-    """Checks the dataset against its evaluation environment, and scales its actions to [-1, 1] in place."""
-    environment = dataset.environment
-    if not environment["id"]:
-        fail("the dataset names no environment", "give --env-id, or --eval-episodes 0 to train without evaluation")
-    env, dims = make_env(environment), (dataset.obs_dim, dataset.action_dim)
-    if dims != (env.observation_space.shape[0], env.action_space.shape[0]):
-        fail(f"the dataset's (observation, action) dimensions {dims} are not {environment['id']}'s", "give --env-id")
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    if not (np.all(low == -1) and np.all(high == 1)):
-        actions_of(dataset)[:] = 2 * (actions_of(dataset) - low) / (high - low) - 1
-
-
-def report_sampling(dataset, probabilities, writer, num_bins=50):
-    """Prints the returns in the dataset and under the sampler; both distributions go to TensorBoard (ReD, Figure 1)."""
-    returns, references = np.repeat(dataset.episode_returns, dataset.episode_lengths), dataset.environment["references"]
-    for what, value in (
-        (f"average of {len(dataset.episode_returns):,} episodes", dataset.episode_returns.mean()),
-        ("best episode", returns.max()),
-        ("average drawn transition's episode", returns @ probabilities),
-    ):
-        print(f"return of the {what}: {value:.1f}{score_text(normalized_score(value, references))}")
-    never = probabilities == 0
-    if never.any():
-        share = f"{never.sum():,} of the {len(never):,} transitions ({never.mean():.1%})"
-        print(f"warning: {share} have probability 0 and are never drawn", file=sys.stderr)
-    edges = np.histogram_bin_edges(returns, num_bins)
-    for tag, mass in (("transitions", np.ones(len(returns))), ("sampler_mass", probabilities * len(returns))):
-        counts = np.histogram(returns, edges, weights=mass)[0]
-        moments = dict(num=mass.sum(), sum=returns @ mass, sum_squares=returns**2 @ mass)
-        buckets = dict(bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist())
-        writer.add_histogram_raw(f"data/{tag}_by_return", returns.min(), returns.max(), **moments, **buckets)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: flags, environments, evaluation, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-SCRIPT = Path(__file__).stem
-
-# D4RL's returns of a random and of an expert policy, the 0 and the 100 of a normalised score (Fu et al., 2020)
-D4RL_REFERENCES = {
+# D4RL's returns of a random and of an expert policy (Fu et al., 2020)
+REFERENCES = {
     "HalfCheetah": (-280.178953, 12135.0),
     "Hopper": (-20.272305, 3234.3),
     "Walker2d": (1.629008, 4592.3),
-    "AntMaze": (0.0, 1.0),
-    "FrankaKitchen": (0.0, 4.0),
-    "AdroitHandPen": (96.262799, 3076.8331),
-    "AdroitHandHammer": (-274.856578, 12794.134825),
-    "AdroitHandDoor": (-56.512833, 2880.569309),
-    "AdroitHandRelocate": (-6.425911, 4233.877798),
 }
-
-# packages outside gymnasium that register environments, and what the ids of these begin with
-ENV_PACKAGES = {
-    "gymnasium_robotics": ("PointMaze", "AntMaze", "AdroitHand", "FrankaKitchen", "Fetch", "Hand"),
-    "shimmy": ("dm_control/",),
-    "ale_py": ("ALE/",),
-}
+# packages whose environments a file may have us run
+TRUSTED = {"gymnasium", "gymnasium_robotics", "shimmy", "ale_py"}
 
 
-def fail(problem, remedy):
-    """Ends the program with exit status 2 and one line: what is wrong; what to do."""
-    print(" ".join(f"error: {problem}; {remedy}".split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_flags(**tyro_options):
-    """Args from the command line; tyro's box around an error becomes one line."""
-    box = io.StringIO()
+def find_dataset(name):
+    """Path of a D4RL file, or of a Minari folder: given, embedded here, local, or downloaded."""
+    if name.endswith(".hdf5"):
+        return Path(name)
+    embedded = Path(__file__).resolve().parent.parent / "tests" / "data"
+    local = Path(minari.storage.get_dataset_path(name))
+    for folder in (Path(name), embedded / name, local):
+        if (folder / "data" / "metadata.json").exists():
+            return folder / "data"
     try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, **tyro_options)
-    except SystemExit as e:
-        if not e.code:  # --help
-            raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-        fail(" ".join(takewhile(lambda line: line.strip("─"), lines)), "see --help")
+        minari.download_dataset(name)
+    except Exception as e:  # each layer below has errors of its own
+        known = [str(folder.relative_to(embedded)) for folder in embedded.glob("*/*-v*")]
+        sys.exit(f"error: no dataset {name} here or at Minari ({e!r}); embedded are {known}")
+    return local / "data"
 
 
-def parse_args():
-    """Args from the command line; with --resume or --evaluate, the run's own flags are the defaults."""
-    args = parse_flags(description=__doc__.split("\n")[0])
-    run_dir = args.resume or args.evaluate
-    if not run_dir:
-        return args
-    try:
-        config = json.loads((Path(run_dir) / "config.json").read_text())
-        script, stored, _ = config["script"], config["args"], config["environment"]
-        stored |= {"resume": None, "evaluate": None}  # they belong to the call, not to the run
-    except (OSError, ValueError, LookupError, TypeError):
-        fail(f"{run_dir} holds no run (no readable config.json)", "give the folder that a run's last line names")
-    if script != SCRIPT:
-        fail(f"{run_dir} is a run of {script}.py, not of {SCRIPT}.py", f"use {script}.py")
-    try:
-        stored = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    except (TypeError, AttributeError) as e:
-        fail(f"{run_dir} was made by another version of {SCRIPT}.py ({e})", "check out the commit in its config.json")
-    args = parse_flags(default=stored)
-    for name, value in asdict(args).items():
-        if value != getattr(stored, name) and name not in RESUME_MAY_CHANGE:
-            fail(f"--{name.replace('_', '-')} differs from the run in {run_dir}", "leave it out, or start a new run")
-    return args
+def flatten(space, x):
+    """Values x of a space, stacked along time (those of a Dict by key), as (T, D)."""
+    steps = gym.vector.utils.iterate(gym.vector.utils.batch_space(space), x)
+    flat = [gym.spaces.flatten(space, step) for step in steps]
+    return np.reshape(flat, (-1, gym.spaces.flatdim(space)))
 
 
-def check_range(args, low, high, *names):
-    """Fails unless low <= value <= high for each of these flags."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not (value != () and low <= np.min(value) and np.max(value) <= high):
-            fail(f"--{name.replace('_', '-')} {value} is out of range", f"give a value between {low} and {high}")
+def read_minari(folder):
+    """Episodes (obs, action, reward, next_obs, terminated), observation space, action space, metadata."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    if not {"observation_space", "action_space"} <= metadata.keys():  # Minari would make the environment
+        sys.exit(f"error: {folder} does not tell its spaces; write both to metadata.json")
+    dataset = minari.MinariDataset(folder)
+    episodes = []
+    for episode in tqdm(dataset.iterate_episodes(), "reading", len(dataset), disable=None):
+        obs = flatten(dataset.observation_space, episode.observations)  # (T + 1, O)
+        action = flatten(dataset.action_space, episode.actions)
+        columns = obs[:-1], action, episode.rewards, obs[1:], episode.terminations
+        episodes.append(columns)
+    return episodes, dataset.observation_space, dataset.action_space, metadata
 
 
-def choose_device(name):
-    """torch.device for --device: auto, cpu, cuda, cuda:1, ..."""
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("these scripts know cpu and cuda")
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as e:
-        fail(f"device {name} is not there ({str(e).splitlines()[0]})", "use --device cpu or --device auto")
+def read_d4rl(path):
+    """The same of a D4RL file: episodes end at terminals, timeouts, or the step limit of the task."""
+    with h5py.File(path) as file:
+        columns = {key: x[()] for key, x in file.items() if isinstance(x, h5py.Dataset)}
+    tasks = [task for task in REFERENCES if path.name.lower().startswith(task.lower())]
+    needed = {"observations", "actions", "rewards", "terminals"}
+    if not tasks:
+        needed.add("timeouts")  # or nothing tells where episodes end
+    if not needed <= columns.keys():
+        sys.exit(f"error: {path} needs {sorted(needed)}; a Minari dataset is named by its folder")
+    obs = columns["observations"]
+    action = columns["actions"].reshape(len(obs), -1)
+    if action.dtype.kind != "f":
+        sys.exit(f"error: {path} has discrete actions; these scripts need continuous ones")
+    terminated = columns["terminals"].ravel().astype(bool)
+    ended = terminated | columns.get("timeouts", terminated).ravel().astype(bool)
+    limit = len(obs) if "timeouts" in columns else 1000  # of the three tasks
+
+    episodes = []
+    start = 0
+    for end in range(1, len(obs) + 1):
+        if ended[end - 1] or end - start == limit or end == len(obs):
+            steps = slice(start, end)
+            next_obs = obs[start + 1 : end]  # the last one is not in the file
+            if "next_observations" in columns:
+                next_obs = columns["next_observations"][steps]
+            elif terminated[end - 1]:
+                next_obs = np.concatenate([next_obs, obs[end - 1 : end]])  # nothing reads it
+            reward = columns["rewards"][steps]
+            episodes.append((obs[steps], action[steps], reward, next_obs, terminated[steps]))
+            start = end
+    obs_space = gym.spaces.Box(-np.inf, np.inf, obs.shape[1:])
+    action_space = gym.spaces.Box(-1, 1, action.shape[1:])
+    return episodes, obs_space, action_space, {None: f"{task}-v5" for task in tasks}  # no JSON has this key
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed activations: pages that go back to the system are faulted in again at every update."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to a gigabyte stays
-        mallopt(-4, 0)  # M_MMAP_MAX: large activations come from the heap too
+def sizes(space):
+    """How many numbers a space flattens to, part by part where it has parts."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: sizes(part) for key, part in space.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return [sizes(part) for part in space]
+    return gym.spaces.flatdim(space)
 
 
-def make_env(environment, **make_kwargs):
-    """gym.make by registered id and plain keyword arguments; flat observations, actions in [-1, 1]."""
-    env_id, kwargs = environment["id"], environment["kwargs"]
-    package = next((name for name, prefixes in ENV_PACKAGES.items() if env_id.startswith(prefixes)), None)
-    try:
-        if package:
-            gym.register_envs(__import__(package))
-        env = gym.make(env_id, **kwargs, **make_kwargs)
-    except ImportError as e:
-        fail(f"environment {env_id} needs a package that is not installed ({e})", f"pip install {package or e.name}")
-    except Exception as e:  # environments raise what they like on bad arguments
-        fail(f"environment {env_id} cannot be made ({e})", "check the id against gymnasium.pprint_registry()")
-    if not isinstance(env.action_space, gym.spaces.Box):
-        fail(f"environment {env_id} has {type(env.action_space).__name__} actions", "use one with continuous actions")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    if not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    return env
+def bounds(space):
+    """Lowest and highest values (2, ...) of a Box, and None of other spaces."""
+    if isinstance(space, gym.spaces.Box):
+        return np.float32([space.low, space.high])
 
 
-def normalized_score(episode_return, references):
-    """100 (return - random) / (expert - random); nan without references."""
-    return 100 * (episode_return - references[0]) / (references[1] - references[0]) if references else math.nan
+def evaluation_spec(path, obs_space, action_space, metadata, args):
+    """Spec of the environment that evaluations run in, flattened in the order of the data, and the
+    returns that score 0 and 100."""
+    if args.eval_episodes == 0:
+        return None, None
+    env_id = args.env_id or metadata.get(None)
+    named = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "null")
+    if env_id:
+        env = gym.make(env_id)
+    elif named:
+        for part in [named, *named["additional_wrappers"]]:
+            name = part["entry_point"]
+            if name.partition(".")[0] not in TRUSTED or not issubclass(load_env_creator(name), gym.Env):
+                sys.exit(f"error: {path} would run {name}; give --env-id")
+        env = minari.MinariDataset(path).recover_environment(eval_env=True)
+    else:
+        return None, None
+
+    same_bounds = np.array_equal(bounds(env.action_space), bounds(action_space))
+    if sizes(env.observation_space) != sizes(obs_space) or not same_bounds:
+        sys.exit(
+            f"error: {env.spec.id} has {env.observation_space} and {env.action_space}, "
+            f"the data {obs_space} and {action_space}; give another --env-id"
+        )
+    references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    if None in references:
+        references = REFERENCES.get(env.spec.id.split("-")[0], (np.nan, np.nan))
+    as_data = partial(gym.spaces.flatten, obs_space)
+    flat_space = gym.spaces.flatten_space(obs_space)
+    spec = gym.wrappers.TransformObservation(env, as_data, flat_space).spec  # a copy that lists all wrappers
+    spec.kwargs.pop("render_mode", None)  # no window
+    spec.max_episode_steps = spec.max_episode_steps or 10_000  # or an episode may never end
+    return spec, references
 
 
-def score_text(score):
-    """ ", normalised score ..." for a line of output; empty where there are no reference scores."""
-    return "" if np.isnan(score) else f", normalised score {score:.1f}"
+def load_data(args):
+    """All of --dataset, which must be of one environment. A last transition whose s' nobody
+    knows is left out, but its reward is part of the return."""
+    transitions = []
+    returns = []
+    kinds = set()
+    for name in args.dataset:
+        name, share = NAME.fullmatch(name).groups()
+        path = find_dataset(name)
+        read = read_d4rl if path.suffix == ".hdf5" else read_minari
+        episodes, obs_space, action_space, metadata = read(path)
+        limits = bounds(action_space)
+        if limits is None or not np.isfinite(limits).all():
+            sys.exit(f"error: {name} has actions {action_space}; they must be a Box with bounds")
+        spec, references = evaluation_spec(path, obs_space, action_space, metadata, args)
+        kinds.add(f"{sizes(obs_space)} {limits.tolist()} {spec and spec.id}")
+        low, high = limits.reshape(2, -1)  # (A,) each
+        num_kept = max(1, round(float(share or 1) * len(episodes)))
+        kept = np.random.default_rng(0).permutation(len(episodes))[:num_kept]
+        for i in sorted(kept):
+            obs, action, reward, next_obs, terminated = episodes[i]
+            if len(next_obs) == 0:
+                continue
+            action = 2 * (np.float64(action) - low) / (high - low) - 1
+            columns = obs, action, np.ravel(reward), next_obs, np.ravel(terminated)
+            transitions.append([column[: len(next_obs)] for column in columns])
+            returns.append(np.sum(reward, dtype=np.float64))
+    if len(kinds) > 1:
+        sys.exit(f"error: the datasets differ in observations, actions or environment: {kinds}")
+    lengths = [len(obs) for obs, *_ in transitions]
+    columns = [np.concatenate(column) for column in zip(*transitions)]
+    return Data(*columns, np.array(returns), np.array(lengths), spec, references)
 
 
-def policy_of_seed(actor, s):
-    """A copy on the CPU of the s-th of the policies that `actor` holds; its tensors keep a seed axis, of length 1."""
-    policy = copy.deepcopy(actor).cpu().eval()
-    for tensor in [*policy.parameters(), *policy.buffers()]:
-        tensor.data = tensor.data[s : s + 1].clone()
-    return policy
+# Plumbing of the scripts with an online stage: environments ---------------------------------------
+class Environments:
+    """One environment a seed, stepped side by side, with actions in [-1, 1]. Not a vector environment of Gymnasium's:
+    that one begins an episode with a step that ignores its action, and such a step is no transition."""
+
+    def __init__(self, spec, seeds):
+        self.envs = [gym.wrappers.RescaleAction(gym.make(spec), -1, 1) for _ in seeds]
+        self.seeds = seeds
+        self.ended = np.ones(len(seeds), bool)
+        self.returns = np.zeros(len(seeds))  # of the episodes so far
+        self.obs = np.zeros((len(seeds), *self.envs[0].observation_space.shape), np.float32)
+
+    def observe(self, step):
+        """What the actions of this step are to follow, (S, O). Seed and step say how episodes begin."""
+        self.began = self.ended
+        for s in np.flatnonzero(self.began):
+            entropy = self.seeds[s], EXPLORATION, step, 1
+            env_seed = np.random.SeedSequence(entropy).generate_state(1).item()
+            self.obs[s], _ = self.envs[s].reset(seed=env_seed)
+            self.returns[s] = 0
+        return self.obs
+
+    def step(self, action):
+        """action (S, A) -> reward (S,), next_obs (S, O), also of an episode's last step, and terminated (S,)."""
+        action = action.reshape(-1, *self.envs[0].action_space.shape)
+        steps = [env.step(x) for env, x in zip(self.envs, action)]
+        obs, reward, terminated, truncated, _ = map(np.array, zip(*steps))
+        self.obs = np.float32(obs)
+        reward = reward.reshape(len(steps))  # some give an array of one number
+        self.returns += reward
+        self.ended = terminated | truncated
+        return reward, self.obs, terminated
 
 
-def episode_seed(*numbers):
-    """An environment seed that depends on agent seed, update and episode, and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def run_episodes(policy, environment, env_seeds, video_dir=None):
-    """(return, length) of one episode per environment seed; policy.act maps (1, E, O) to (1, E, A) in [-1, 1].
-
-    The episodes step side by side, and the batch keeps its size when some are over, so that nobody's rounding
-    depends on when the others end.
-    """
-    policy = pickle.loads(policy) if isinstance(policy, bytes) else policy  # as workers get it
-    envs = [make_env(environment, render_mode="rgb_array" if video_dir else None) for _ in env_seeds]
-    if video_dir:
-        envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), name_prefix=f"episode-{env_seeds[0]}")
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, env_seeds)]).astype(np.float32)
-    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), int), np.ones(len(envs), bool)
-    while running.any():
-        with torch.no_grad():
-            actions = policy.act(torch.from_numpy(obs)[None])[0].numpy()
-        for i in np.flatnonzero(running):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
-            returns[i], lengths[i], running[i] = returns[i] + reward, lengths[i] + 1, not (terminated or truncated)
-    for env in envs:
-        env.close()
-    return [(float(r), int(n)) for r, n in zip(returns, lengths)]
+# Plumbing of all scripts: evaluation, run folder --------------------------------------------------
+ROW = "update", "seed", "episode", "return", "length", "normalized_score"  # of evaluations.csv
 
 
 def start_worker():
-    """An evaluation worker computes on one thread, leaves Ctrl-C and SIGTERM to its parent, and never outlives it."""
+    """An evaluation worker has one thread, and never outlives its parent."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def stop_signals_blocked():
-    """Ctrl-C and SIGTERM wait until the end of the block (Windows, which cannot do that, takes its chances)."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    yield
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-
-
-class Evaluator:
-    """Evaluates snapshots of the policies in worker processes, beside training, and reports in the order of updates.
-
-    Neither the number of workers nor a stop and resume changes a result. Scripts that evaluate one policy in several
-    ways have an evaluator for each, whose `variant` is in the names of its results.
-    """
-
-    def __init__(self, args, environment, run_dir, writer, variant=""):
-        self.args, self.environment, self.writer = args, environment, writer
-        self.name, self.csv_path = f"evaluation{variant}", run_dir / f"evaluations{variant}.csv"
-        self.pending = {}  # update: (state of the actor then, one job per seed)
-        workers = args.eval_workers
-        if workers is None:
-            workers = max(1, min(args.num_seeds, (os.cpu_count() or 1) - 1))
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, spawn, start_worker) if workers and args.eval_episodes else None
-        if not self.csv_path.exists():
-            self.csv_path.write_text("update,seed,episode,return,length,normalized_score\n")
-
-    def submit(self, update, actor):
-        """Starts the evaluation of every seed's policy as it is now."""
-        jobs = []
-        for s in range(self.args.num_seeds if self.args.eval_episodes else 0):
-            env_seeds = [episode_seed(self.args.seed + s, update, e) for e in range(self.args.eval_episodes)]
-            job = pickle.dumps(policy_of_seed(actor, s)), self.environment, env_seeds
-            with stop_signals_blocked():  # a worker that starts here inherits that
-                jobs.append(self.pool.submit(run_episodes, *job) if self.pool else Future())
-            if not self.pool:
-                jobs[-1].set_result(run_episodes(*job))
-        if jobs:
-            self.pending[update] = {name: x.cpu().clone() for name, x in actor.state_dict().items()}, jobs
-
-    def collect(self, wait=False):
-        """Writes and prints the evaluations that are done (all, if `wait`)."""
-        for update, (_, jobs) in list(self.pending.items()):
-            if not (wait or all(job.done() for job in jobs)):
-                return
-            results = [(self.args.seed + s, e, *r) for s, job in enumerate(jobs) for e, r in enumerate(job.result())]
-            returns = np.array([episode_return for _, _, episode_return, _ in results])
-            scores = normalized_score(returns, self.environment["references"]) * np.ones(len(returns))
-            with self.csv_path.open("a", newline="") as file:
-                rows = [(update, *result, f"{score:.4f}") for result, score in zip(results, scores)]
-                csv.writer(file, lineterminator="\n").writerows(rows)
-            self.writer.add_scalar(f"{self.name}/return", returns.mean(), update)
-            self.writer.add_scalar(f"{self.name}/normalized_score", scores.mean(), update)
-            mean, score = returns.mean(), scores.mean()
-            print(f"{self.name} at {update:,}: return {mean:.1f}{score_text(score)}", flush=True)
-            del self.pending[update]
-
-    def resume(self, update, pending, actor):
-        """Back to the state of a checkpoint: forgets what came after it, starts again what was under way."""
-        header, *rows = self.csv_path.read_text().splitlines(keepends=True)
-        rows = [(int(row.split(",")[0]), row) for row in rows if row.endswith("\n")]  # a kill may tear the last one
-        kept = [row for n, row in rows if n <= update and n not in pending]
-        write_atomically(self.csv_path, lambda path: path.write_text(header + "".join(kept)))
-        for past_update, state in sorted(pending.items()):
-            past_actor = copy.deepcopy(actor)
-            past_actor.load_state_dict(state)
-            self.submit(past_update, past_actor)
-
-    def close(self):
-        if self.pool:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-def print_result(args, run_dir, num_updates, rate):
-    """The last line of a run: what it reached, what the number means, how fast, and where the rest is."""
-    text = ""
-    if args.eval_episodes and (run_dir / "evaluations.csv").read_text().count("\n") > 1:
-        update, seed, _, returns, _, scores = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1).T
-        last = np.unique(update)[-10:]
-        rows = [(seed == s) & np.isin(update, last) for s in np.unique(seed)]
-        score, mean = ([x[of_seed].mean() for of_seed in rows] for x in (scores, returns))
-        if not np.isnan(score).any():
-            text = f"normalised score {np.mean(score):.1f} ± {np.std(score):.1f} (0: random policy, 100: expert), "
-        text += f"return {np.mean(mean):.1f} ± {np.std(mean):.1f} (mean ± standard deviation over {args.num_seeds} "
-        text += f"seed(s) of the mean over the last {len(last)} evaluations of {args.eval_episodes} episodes), "
-    print(f"{text}{num_updates:,} updates, {rate:.0f} updates/s per seed, run folder {run_dir}")
-
-
-def evaluate_run(args, agent_class):
-    """--evaluate: fresh episodes of the policies in a run's checkpoint."""
-    run_dir = Path(args.evaluate)
-    environment = json.loads((run_dir / "config.json").read_text())["environment"]
-    if not environment["id"]:
-        fail(f"{run_dir} is a run without environment", "evaluate a run that has one")
-    env = make_env(environment)
-    agent = agent_class(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
-    agent.load_state_dict(load_checkpoint(run_dir, "cpu")["agent"])
-    video_dir = run_dir / "videos" if args.capture_video else None
-    if video_dir and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    for s in range(args.num_seeds):
-        env_seeds = [episode_seed(args.seed + s, 2**31, e) for e in range(args.eval_episodes or 10)]
-        try:
-            results = run_episodes(policy_of_seed(agent.actor, s), environment, env_seeds, video_dir)
-        except Exception as e:  # each graphics library fails in its own way
-            if not video_dir:
-                raise
-            with contextlib.suppress(OSError):
-                video_dir.rmdir()  # if it is empty
-            fail(f"no video can be rendered ({e})", "set MUJOCO_GL to egl or osmesa, or leave out --capture-video")
-        returns, lengths = np.array(results).T
-        score = np.mean(normalized_score(returns, environment["references"]))
-        print(
-            f"seed {args.seed + s}: return {returns.mean():.1f} ± {returns.std():.1f} (standard deviation over "
-            f"{len(returns)} episodes of {lengths.mean():.0f} steps on average){score_text(score)}"
-        )
-
-
-def open_run_dir(args, name, environment):
-    """The run folder, new or --resume's; config.json: all flags, versions, git commit, command line, environment."""
-    if args.resume:
-        run_dir = Path(args.resume)
-        config = json.loads((run_dir / "config.json").read_text()) | {"args": asdict(args)}
-    else:
-        seeds = f"{args.seed}" if args.num_seeds == 1 else f"{args.seed}-{args.seed + args.num_seeds - 1}"
-        run_dir = Path(args.run_dir or f"runs/{SCRIPT}/{name}/{seeds}-{time.strftime('%Y%m%d-%H%M%S')}")
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as e:
-            fail(f"run folder {run_dir} cannot be made ({e.strerror})", "give another --run-dir, or --resume it")
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "-q", "--verify", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-        config = {
-            "script": SCRIPT,
-            "args": asdict(args),
-            "environment": environment,
-            "versions": {"python": sys.version.split()[0], **{d.name: d.version for d in distributions()}},
-            "git_commit": commit or None,
-            "command": shlex.join([sys.executable, *sys.argv]),
-        }
-    write_atomically(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
-    return run_dir
-
-
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: a kill leaves the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(run_dir, device):
-    """checkpoint.pt of a run folder, as it was saved."""
-    try:
-        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location=device, weights_only=True)
-        if not checkpoint.keys() >= {"agent", "generators", "pending_evaluations"}:
-            raise KeyError("parts are missing")
-        return checkpoint
-    except Exception as e:  # torch.load raises many kinds of error on a damaged file
-        fail(f"{run_dir} has no readable checkpoint ({type(e).__name__})", "start a new run")
-
-
-def on_stop_signal():
-    """A list that stays empty until Ctrl-C or SIGTERM asks the loop to stop; a second one stops at once."""
-    stop = []
-
-    def handler(signum, frame):
-        stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return stop
-
-
-def cuda_graph(step, agent, *inputs):
-    """`step` captured as one CUDA graph: returns a function of inputs that are shaped like these.
-
-    Capturing needs a few real steps first; whatever they change in the agent is put back.
-    """
-    inputs = [x.clone() for x in inputs]  # the graph reads them where they stand
-    before = copy.deepcopy(agent.state_dict())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(*inputs)
-    agent.load_state_dict(before)  # in place
-
-    def replay(*new_inputs):
-        for old, new in zip(inputs, new_inputs):
-            old.copy_(new)
-        graph.replay()
-        return outputs
-
-    return replay
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing of the online scripts: environments to learn in, and what was seen there as a Minari dataset
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Interaction:
-    """One environment per seed, stepped side by side, and the log of all that they gave."""
-
-    def __init__(self, environment, replay, args, checkpoint=None):
-        """replay (S, T, O + A + 1 + O + 1): where the packed steps go; checkpoint: has a state() to go on from."""
-        self.seed, self.replay, self.t = args.seed, replay, 0
-        self.ends = np.zeros(replay.shape[:2], np.uint8)  # 0 not at all, 1 terminated, 2 truncated
-        self.envs = [make_env(environment) for _ in replay]
-        self.episode_number, self.episode_return = np.zeros(len(replay), int), np.zeros(len(replay))
-        if checkpoint:
-            self.t, self.episode_number = checkpoint["t"], checkpoint["episode_number"].numpy()
-            replay[:, : self.t], self.ends[:, : self.t] = checkpoint["replay"], checkpoint["ends"].numpy()
-        self.obs = np.float32([self.reset(s) for s in range(len(replay))])  # (S, O)
-        # an environment's state is the seed of its episode and the actions since: a resumed run plays them again
-        obs_dim, action_dim = self.obs.shape[1], self.envs[0].action_space.shape[0]
-        for s, env in enumerate(self.envs):
-            start = np.flatnonzero(np.r_[1, self.ends[s, : self.t]])[-1]
-            for action in replay[s, start : self.t, obs_dim : obs_dim + action_dim].cpu().numpy():
-                self.obs[s], reward, *_ = env.step(action)
-                self.episode_return[s] += reward
-
-    def reset(self, s):
-        """First observation of the episode that the environment of seed s is at."""
-        return self.envs[s].reset(seed=episode_seed(self.seed + s, 0, int(self.episode_number[s]), 1))[0]
-
-    def step(self, actor, noise):
-        """One step of every environment, with actor.sample(obs, noise); noise (S, ...): standard normal, as it wants.
-
-        Returns [(seed, return), ...] of the episodes that end with it."""
+def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode):
+    """One episode of every seed, rows (S, 6). The policy is any module (S, 1, O) -> (S, 1, A)."""
+    policy = pickle.loads(pickled)
+    wrappers = [
+        lambda env: gym.wrappers.RescaleAction(env, -1, 1),
+        lambda env: gym.wrappers.TransformReward(env, np.sum),  # some give an array of one number
+    ]
+    envs = gym.make_vec(spec, len(seeds), "sync", wrappers=wrappers)
+    if envs.render_mode:
+        folder = run_dir / "videos"
+        envs = gym.wrappers.vector.RecordVideo(envs, folder, name_prefix=f"{num_updates}-{episode}")
+    entropy = [(seed, EVALUATION, num_updates, episode + 1) for seed in seeds]
+    env_seeds = [np.random.SeedSequence(x).generate_state(1).item() for x in entropy]
+    obs, _ = envs.reset(seed=env_seeds)
+    returns, lengths = np.zeros((2, len(seeds)))
+    running = np.ones(len(seeds), bool)  # what comes after a seed's first episode does not count
+    while running.any():
         with torch.no_grad():
-            obs = torch.from_numpy(self.obs[:, None]).to(self.replay.device)
-            actions = actor.sample(obs, noise)[:, 0].cpu().numpy()
-        rows, finished = [], []
-        for s, (env, action) in enumerate(zip(self.envs, actions)):
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            rows.append(np.concatenate([self.obs[s], action, [reward], next_obs, [not terminated]], dtype=np.float32))
-            self.obs[s], self.episode_return[s] = next_obs, self.episode_return[s] + reward
-            if terminated or truncated:
-                self.ends[s, self.t] = 1 if terminated else 2
-                finished.append((self.seed + s, self.episode_return[s]))
-                self.episode_number[s] += 1
-                self.obs[s], self.episode_return[s] = self.reset(s), 0
-        self.replay[:, self.t] = torch.from_numpy(np.stack(rows)).to(self.replay.device)
-        self.t += 1
-        return finished
-
-    def state(self):
-        """What an exact continuation needs beside t."""
-        return {
-            "episode_number": torch.from_numpy(self.episode_number),
-            "replay": self.replay[:, : self.t].clone(),
-            "ends": torch.from_numpy(self.ends[:, : self.t].copy()),
-        }
+            action = policy(torch.as_tensor(obs, dtype=torch.float32)[:, None])
+        action = action.numpy().reshape(envs.action_space.shape)
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += reward * running
+        lengths += running
+        running &= ~(terminated | truncated)
+    envs.close()
+    worst, best = references
+    scores = 100 * (returns - worst) / (best - worst)
+    columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores)
+    return np.stack(columns, axis=1)
 
 
-def split_episodes(rows, ends, widths):
-    """One environment's packed transitions (T, width), cut after every end (T,) {0 none, 1 terminated, 2 truncated}.
-
-    Returns [(observations (T_i + 1, O), actions, rewards, terminations, truncations), ...]; the unfinished last
-    episode is kept and counts as truncated.
-    """
-    cuts = sorted({0, len(rows), *(np.flatnonzero(ends) + 1)})
-    episodes = []
-    for first, last in pairwise(cuts):
-        obs, action, reward, next_obs, _ = np.split(rows[first:last], np.cumsum(widths)[:-1], axis=1)
-        terminated, truncated = ends[first:last] == 1, ends[first:last] == 2
-        truncated[-1] = not terminated[-1]
-        episodes.append((np.concatenate([obs, next_obs[-1:]]), action, reward[:, 0], terminated, truncated))
-    return episodes
+def summary(rows, num_seeds):
+    """Mean of the last ten evaluations, +- its standard deviation over seeds."""
+    if len(rows) == 0:
+        return "nothing was evaluated"
+    evaluations = np.unique(rows[:, 0])
+    last = rows[np.isin(rows[:, 0], evaluations[-10:])]
+    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6)
+    _, _, _, returns, _, scores = means.T
+    text = f"return {returns.mean():.1f}, normalised score {scores.mean():.1f}"
+    if num_seeds > 1:
+        text += f" (+- {returns.std():.1f} and {scores.std():.1f} over seeds)"
+    return text
 
 
-def compact_hdf5(path):
-    """Rewrites Minari's file in HDF5's newest layout and compressed: half the size where episodes are short."""
-    with h5py.File(path) as old, h5py.File(path.with_suffix(".tmp"), "w", libver="latest") as new:
+def report(rows, jobs, run_dir, writer):
+    """Rows of all evaluations, those of `jobs` being new: to screen, TensorBoard, evaluations.csv."""
+    if not jobs:
+        return rows
+    new_rows = np.concatenate([job.result() for job in jobs])
+    num_updates, _, _, mean, _, score = new_rows.mean(0)
+    tqdm.write(f"update {num_updates:,.0f}: return {mean:.1f}, normalised score {score:.1f}")
+    writer.add_scalar("evaluation/return", mean, num_updates)
+    writer.add_scalar("evaluation/normalized_score", score, num_updates)
+    rows = np.concatenate([rows, new_rows])
+    np.savetxt(run_dir / "evaluations.csv", rows, "%.10g", ",", header=",".join(ROW), comments="")
+    return rows
 
-        def copy_item(name, item):
-            if isinstance(item, h5py.Dataset):
-                new.create_dataset(name, data=item[()], compression="gzip", shuffle=True)
-            else:
-                new.require_group(name).attrs.update(item.attrs)
 
-        old.visititems(copy_item)
+def log(metrics, num_updates, writer):
+    """Metrics to TensorBoard. A loss that is not finite ends the run, before its agent is saved."""
+    for name, metric in metrics.items():
+        if not metric.isfinite().all():
+            sys.exit(f"error: {name} is not finite at update {num_updates}; see the last checkpoint")
+        writer.add_scalar(name, metric.mean().item(), num_updates)
+
+
+def run_folder(args):
+    """Where the run is, or will be."""
+    dataset = args.dataset[0].split("/")[-2:]
+    name = f"{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    new = Path("runs", Path(__file__).stem, *dataset, name)
+    return Path(args.evaluate or args.resume or args.run_dir or new)
+
+
+def open_run_dir(run_dir, args):
+    """Makes the folder, if it is not --resume's, and its config.json: command line, flags, versions."""
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    versions = {package.name: package.version for package in distributions()}
+    config = {"command": sys.argv, "args": asdict(args), "versions": versions}
+    del config["args"]["device"]  # a run may go on elsewhere
+    path = run_dir / "config.tmp"
+    path.write_text(json.dumps(config, indent=2))
+    os.replace(path, run_dir / "config.json")
+
+
+def save(path, agent, rows, num_updates):
+    """All that a run needs to go on: the old file or the new one, never half of it."""
+    optimizers = {name: x.state_dict()["state"] for name, x in agent.optimizers.items()}
+    checkpoint = {"agent": agent.state_dict(), "optimizers": optimizers}
+    checkpoint |= {"rows": torch.from_numpy(rows), "num_updates": num_updates}
+    torch.save(checkpoint, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def save_minari(path, episodes, environment, references, description):
-    """Writes episodes, as split_episodes returns them, to a new folder `path` that Minari and our scripts can read.
-
-    references: returns of a random and of the best policy. Actions are written in the environment's own units.
-    """
-    import minari
-
-    space = make_env(environment).unwrapped.action_space
-    if not (np.all(space.low == -1) and np.all(space.high == 1)):
-        scaled = [(o, space.low + (a + 1) / 2 * (space.high - space.low), *rest) for o, a, *rest in episodes]
-        episodes = [(o, np.float32(a), *rest) for o, a, *rest in scaled]
-    keys = "observations", "actions", "rewards", "terminations", "truncations"
-    buffers = [minari.data_collector.EpisodeBuffer(id=i, **dict(zip(keys, e))) for i, e in enumerate(episodes)]
-    with tempfile.TemporaryDirectory() as root:
-        os.environ["MINARI_DATASETS_PATH"] = root  # Minari writes below this folder only
-        minari.create_dataset_from_buffers(
-            "new-v0",
-            buffers,
-            env=environment["id"],
-            eval_env=environment["id"],
-            observation_space=gym.spaces.Box(-np.inf, np.inf, episodes[0][0].shape[1:], np.float32),
-            action_space=gym.spaces.Box(space.low, space.high, dtype=np.float32),
-            ref_min_score=references[0],
-            ref_max_score=references[1],
-            algorithm_name=SCRIPT,
-            author=f"algorithms/{SCRIPT}.py",
-            author_email="unknown",
-            code_permalink="unknown",
-            description=description,
-        )
-        compact_hdf5(Path(root) / "new-v0" / "data" / "main_data.hdf5")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(Path(root) / "new-v0", path)
-    returns = [e[2].sum() for e in episodes]
-    print(
-        f"{len(episodes):,} episodes, {sum(len(e[2]) for e in episodes):,} transitions, return "
-        f"{np.mean(returns):.1f} ± {np.std(returns):.1f}, best {np.max(returns):.1f} -> {path}"
-    )
+def load(path, agent):
+    """Puts the agent back; returns rows and num_updates."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    agent.load_state_dict(checkpoint["agent"])
+    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+        state = {"state": checkpoint["optimizers"][name]}
+        optimizer.load_state_dict(optimizer.state_dict() | state)
+    return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
+class CudaGraph:
+    """A step that a GPU replays as one CUDA graph. Its first three calls, in which PyTorch sets
+    itself up, are ordinary ones; the fourth is recorded. On a CPU all calls are ordinary."""
 
-UPDATES_PER_BLOCK = 100  # random numbers are drawn for so many updates at a time
-UPDATES_PER_GRAPH = 10  # a GPU replays so many updates as one CUDA graph
+    def __init__(self, step):
+        self.step = step
+        self.num_calls = 0
 
-
-def draw_block(sampler, generators, batch_size, *noise_shapes):
-    """What the next UPDATES_PER_BLOCK = n updates read at random: transition indices (n, S, B), then standard normal
-    noise (n, S, *shape) for each of the shapes. Every seed draws from its own generator."""
-    n, device = UPDATES_PER_BLOCK, generators[0].device
-    u = [torch.rand(n, batch_size, generator=g, dtype=torch.float64, device=device) for g in generators]
-    noise = ([torch.randn(n, *shape, generator=g, device=device) for g in generators] for shape in noise_shapes)
-    return [sampler(torch.stack(u, 1)), *(torch.stack(x, 1) for x in noise)]
-
-
-def run_updates(agent, transitions, args, index, *noise):
-    """One update per row of index (m, S, B) and of what else it reads at random (m, ...); the metrics of the last."""
-    for row, *row_noise in zip(index, *noise):
-        metrics = update(agent, F.embedding(row, transitions), *row_noise, args)  # one gather of whole rows
-    return metrics
-
-
-def updates_after(t, args):
-    """Gradient steps that t environment steps pay for: none until the first epoch is full, then first_updates."""
-    epochs = t // args.steps_per_epoch
-    return args.first_updates + (epochs - 1) * args.updates_per_epoch if epochs else 0
-
-
-def union_rows(u, t, num_offline, num_steps):
-    """Rows of batches that are uniform over the offline data and t online steps: u (n, S, B) float64, uniform on [0, 1)
-    -> (n, S, B) int64.
-
-    The table has num_offline rows for all seeds; behind these, num_steps rows of each seed, of which t are filled.
-    """
-    row = (u * (num_offline + t)).long()
-    seed_offset = num_steps * torch.arange(u.shape[1], device=u.device)[:, None]  # (S, 1)
-    return row + seed_offset * (row >= num_offline)
+    def __call__(self, *inputs):
+        self.num_calls += 1
+        if self.num_calls <= 3 or not inputs[0].is_cuda:
+            return self.step(*inputs)
+        if self.num_calls == 4:
+            self.inputs = [x.clone() for x in inputs]  # where the graph reads
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(inputs[0].device), torch.cuda.graph(self.graph):  # records, runs nothing
+                self.outputs = self.step(*self.inputs)
+        for x, new_x in zip(self.inputs, inputs):
+            x.copy_(new_x)
+        self.graph.replay()
+        return self.outputs
 
 
 def main():
-    args = parse_args()
-    check_range(args, 1, math.inf, "num_seeds", "num_updates", "batch_size", "hidden_sizes", "vae_hidden_sizes")
-    check_range(args, 1, math.inf, "num_next_actions", "num_candidates", "steps_per_epoch", "updates_per_epoch")
-    check_range(args, 1, math.inf, "first_updates", "eval_every", "online_eval_every", "checkpoint_every", "log_every")
-    check_range(args, 0, 2**32 - 1, "seed")
-    check_range(args, 0, math.inf, "kl_weight", "latent_clip", "online_steps", "eval_episodes", "eval_workers")
-    check_range(args, 0, 1, "learning_rate", "gamma", "polyak", "min_weight")
-    check_range(args, 0, 2, "max_perturbation")
+    args = tyro.cli(Args)
+    if args.evaluate or args.resume:  # the run's flags, then those of this call
+        config = json.loads(Path(args.evaluate or args.resume, "config.json").read_text())
+        args = tyro.cli(Args, default=Args(**config["args"]))
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    data = load_data(args)
+    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # squares must not overflow
+        sys.exit("error: the data has NaN, infinite or huge values; clean it first")
+    if np.abs(data.action).max() > 1 + 1e-6:
+        sys.exit("error: there are actions outside their bounds; clip or rescale them")
+    if args.eval_episodes and not data.spec:
+        sys.exit("error: the data names no environment; give --env-id, or --eval-episodes 0")
+
+    # one row a transition, so that a batch is one gather; this, `learn` and the online loop know the columns
+    columns = data.obs, data.action, data.reward[:, None], data.next_obs, 1.0 - data.terminated[:, None]
+    widths = [column.shape[1] for column in columns]
+    transitions = np.concatenate(columns, axis=1, dtype=np.float32)
+    transitions = torch.from_numpy(transitions).to(args.device)
+
+    # agents, as they start or as they were
+    obs_dim, action_dim, *_ = widths
+    agent = Agent(obs_dim, action_dim, args)
+    agent.replay = Replay(transitions, args.num_seeds, args.online_steps)
+    policy = BestOfCandidates(agent, args)  # what is evaluated
+    run_dir = run_folder(args)
+    rows = np.empty((0, len(ROW)))
+    first = 0
+    if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
+        rows, first = load(run_dir / "checkpoint.pt", agent)
+        if agent.replay.num_added or first > args.num_updates:  # the offline stage is over
+            args.num_updates = first - agent.replay.num_added
+    last = args.num_updates + args.online_steps
+    num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
+    if args.capture_video:
+        data.spec.kwargs["render_mode"] = "rgb_array"
+
+    def start_evaluation(num_updates):
+        frozen = pickle.dumps(copy.deepcopy(policy).cpu().eval())
+        job = frozen, data.spec, data.references, run_dir, seeds, num_updates
+        return [pool.submit(run_episode, *job, episode) for episode in range(args.eval_episodes)]
+
     if args.evaluate:
-        return evaluate_run(args, BCQAgent)
-    T = -(-args.online_steps // args.steps_per_epoch) * args.steps_per_epoch  # whole epochs
-    if args.save_online and not T:
-        fail("--save-online, but no step is made online", "give --online-steps")
-    if args.save_online and Path(args.save_online).exists():
-        fail(f"{args.save_online} is there already", "give another folder to write the dataset to")
-    checkpoint = load_checkpoint(args.resume, "cpu") if args.resume else {"num_updates": 0, "t": 0}
-    num_updates = first_update = checkpoint["num_updates"]  # offline and online together
-    t = checkpoint["t"]  # environment steps
-    if num_updates > args.num_updates and not t:
-        fail(f"{args.resume} has {num_updates} updates already", "give a larger --num-updates, or leave it out")
-    if t and args.num_updates != checkpoint["offline_updates"]:
-        fail(f"{args.resume} went online after {checkpoint['offline_updates']} updates", "give this --num-updates")
-    if t > T:
-        fail(f"{args.resume} has {t} steps already", "give a larger --online-steps, or leave it out")
-    device, S = choose_device(args.device), args.num_seeds
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+        jobs = start_evaluation(2**31)  # episodes that no run has seen
+        rows = np.reshape([job.result() for job in jobs], (-1, len(ROW)))
+        print(f"policies of update {first:,}: {summary(rows, args.num_seeds)}")
+        return
 
-    # data, on the device, with room behind it for the online steps of every seed
-    dataset = load_dataset(args.dataset, args.env_id, args.seed)
-    if args.eval_episodes or args.online_steps or dataset.environment["id"]:
-        fit_to_environment(dataset)
-    num_offline, A, B = len(dataset.transitions), dataset.action_dim, args.batch_size
-    transitions = torch.zeros(num_offline + S * T, dataset.transitions.shape[1], device=device)
-    transitions[:num_offline] = torch.from_numpy(dataset.transitions)
-    replay = transitions[num_offline:].view(S, T, transitions.shape[1])
+    returns = np.repeat(data.returns, data.lengths)
+    open_run_dir(run_dir, args)
+    writer = SummaryWriter(run_dir, purge_step=first + 1)
+    writer.add_histogram("data/return_of_episodes", data.returns, 0)
+    writer.add_histogram("data/return_of_transitions", returns, 0)
+    writer.add_histogram("data/return_of_draws", returns, 0)  # uniform
+    print(f"{len(returns):,} transitions of {len(data.returns):,} episodes")
+    print(f"mean return {data.returns.mean():.1f} of the episodes, {returns.mean():.1f} of the draws")
+    print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
-    # agents, in a run folder that is new or goes on from its checkpoint
-    agent = BCQAgent(dataset.obs_dim, A, args, device)
-    name = "+".join(args.dataset).replace("/", "-").replace(":", "-").strip("-.")
-    stop = on_stop_signal()  # from here on, a stop saves first
-    run_dir = open_run_dir(args, name, dataset.environment)
+    def learn(index, noise):  # one update for each batch of index (CHUNK, S, B)
+        batches = nn.functional.embedding(index, agent.replay.rows)  # a gather, faster than indexing
+        obs, action, reward, next_obs, not_terminated = batches.split(widths, dim=-1)
+        for batch in zip(obs, action, reward.squeeze(-1), next_obs, not_terminated.squeeze(-1), noise):
+            metrics = update(agent, *batch, args)
+        return metrics  # of the last update
 
-    def new_generators(stage):
-        """A random generator for each seed, which has nothing to do with those of the other stage (0 or 1)."""
-        seeds = [episode_seed(args.seed + s, stage) for s in range(S)]
-        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def after_chunk(num_updates, metrics):  # reports the evaluation before this one, saves, starts this one
+        nonlocal rows, jobs
+        evaluation_due = num_updates % args.eval_every == 0 or num_updates in (args.num_updates, last)
+        if evaluation_due or num_updates % args.log_every == 0:
+            log(metrics, num_updates, writer)
+        if evaluation_due:
+            rows = report(rows, jobs, run_dir, writer)
+            save(run_dir / "checkpoint.pt", agent, rows, num_updates)
+            jobs = start_evaluation(num_updates)
 
-    def axis():
-        """Where the curves are: at an update of the offline stage, afterwards at a step of the environments."""
-        return args.num_updates + t if t else num_updates
+    num_candidates = args.num_candidates
+    num_latents = num_candidates + (args.num_next_actions + 2) * args.batch_size  # to act, then for `update`
+    noise_shape = num_latents, agent.vae.latent_dim
+    draw = partial(draw_uniforms_and_noise, seeds, args.batch_size, noise_shape, args.device)
+    jobs = []
+    if first:
+        jobs = start_evaluation(first)  # the one that was under way
+    started = time.time()
+    learn_offline = CudaGraph(learn)
+    for step in tqdm(range(first, args.num_updates, CHUNK), mininterval=1, unit_scale=CHUNK):
+        uniforms, noise = draw(step)
+        metrics = learn_offline(agent.replay.index(uniforms), noise[:, :, num_candidates:])
+        after_chunk(step + CHUNK, metrics)
 
-    def save():
-        """Everything that an exact continuation needs; generator_states are those before the current block."""
-        state = {
-            "num_updates": num_updates,
-            "t": t,
-            "offline_updates": args.num_updates,
-            "agent": agent.state_dict(),
-            "generators": generator_states,
-            "pending_evaluations": {update: past for update, (past, _) in evaluator.pending.items()},
-            **(interaction.state() if interaction else {}),
-        }
-        write_atomically(run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+    if args.online_steps:
+        envs = Environments(data.spec, seeds)
+        act = CudaGraph(policy.best)
+        learn_online = CudaGraph(learn)
+        print(f"online in {data.spec.id} from step {agent.replay.num_added:,} on, with a new episode")
+        for step in tqdm(range(max(first, args.num_updates), last, CHUNK), mininterval=1, unit_scale=CHUNK):
+            uniforms, noise = draw(step)
+            for i in range(CHUNK):
+                obs = envs.observe(step + i)
+                action = act(torch.from_numpy(obs).to(args.device), noise[i, :, :num_candidates]).cpu().numpy()
+                reward, next_obs, terminated = envs.step(action)
+                columns = obs, action, reward[:, None], next_obs, 1.0 - terminated[:, None]
+                agent.replay.add(columns)
+                for s in np.flatnonzero(envs.ended):
+                    writer.add_scalar(f"exploration/return_of_seed_{seeds[s]}", envs.returns[s], step + i + 1)
+                index = agent.replay.index(uniforms[i : i + 1])
+                metrics = learn_online(index, noise[i : i + 1, :, num_candidates:])
+            after_chunk(step + CHUNK, metrics)
 
-    writer = SummaryWriter(run_dir, purge_step=axis() + 1)
-    evaluator = Evaluator(args, dataset.environment, run_dir, writer)
-    report_sampling(dataset, np.full(num_offline, 1 / num_offline), writer)
-    interaction = Interaction(dataset.environment, replay, args, checkpoint if t else None) if T else None
-    generators = new_generators(1 if t else 0)
-    if args.resume:
-        agent.load_state_dict(checkpoint["agent"])
-        for generator, state in zip(generators, checkpoint["generators"]):
-            if len(state) == len(generator.get_state()):  # else it comes from another kind of device: new draws
-                generator.set_state(state.cpu())
-        within_epoch = t > 0 and num_updates < args.num_updates + updates_after(t, args)  # its evaluation is to come
-        evaluator.resume(axis() - within_epoch, checkpoint["pending_evaluations"], agent.actor)
-    generator_states = [generator.get_state() for generator in generators]
-    if not args.resume:
-        save()
-
-    keep_freed_memory()
-    noise_shapes = (B, 2 * A), (args.num_next_actions + 1, B, 2 * A)
-    learn, graph, actor = partial(run_updates, agent, transitions, args), None, agent.actor
-    last_update = args.num_updates + updates_after(T, args)
-    started, printed, block_start, stopped, rate = time.time(), time.time(), -1, False, 0
-    while num_updates < last_update and not stopped:
-        # act until the epoch is full; a resumed run draws the noise of the epoch it is in again
-        if num_updates == args.num_updates + updates_after(t, args):
-            generators = generators if t else new_generators(1)
-            generator_states = [generator.get_state() for generator in generators]
-            shape = args.steps_per_epoch, args.num_candidates, 2 * A
-            noise = [torch.randn(shape, generator=generator, device=device) for generator in generators]
-            for step_noise in torch.stack(noise, 1)[t % args.steps_per_epoch :]:  # (S, num_candidates, Z)
-                finished, t = interaction.step(actor, step_noise), interaction.t
-                for seed, episode_return in finished:
-                    writer.add_scalar(f"train/return_seed{seed}", episode_return, axis())
-                if stop:
-                    break
-            if t % args.steps_per_epoch == 0:
-                generator_states = [generator.get_state() for generator in generators]
-            if stop:
-                stopped = True
-                save()
-            continue
-
-        # draw, a block of updates at a time; a resumed run draws the block it is in again
-        epoch_start, epoch_end = 0, args.num_updates
-        if t:
-            epoch_start, epoch_end = (args.num_updates + updates_after(n, args) for n in (t - 1, t))
-        in_block = (num_updates - epoch_start) % UPDATES_PER_BLOCK
-        if block_start != num_updates - in_block:
-            block_start = num_updates - in_block
-            generator_states = [generator.get_state() for generator in generators]
-            sampler = partial(union_rows, t=t, num_offline=num_offline, num_steps=T)
-            block = draw_block(sampler, generators, B, *noise_shapes)
-            if device.type == "cuda" and not graph:
-                graph = cuda_graph(learn, agent, *(x[:UPDATES_PER_GRAPH] for x in block))
-
-        # learn, until the block ends or something else is due
-        due = [n - num_updates % n for n in (args.eval_every, args.checkpoint_every, args.log_every)]
-        end = num_updates + min(*due, block_start + UPDATES_PER_BLOCK - num_updates, epoch_end - num_updates)
-        while num_updates < end:
-            n = min(UPDATES_PER_GRAPH, end - num_updates)
-            inputs = [x[num_updates - block_start :][:n] for x in block]
-            metrics = graph(*inputs) if graph and n == UPDATES_PER_GRAPH else learn(*inputs)
-            num_updates += n
-            if stop:
-                break
-        done, stopped = num_updates == last_update, bool(stop)
-
-        # evaluate, log, save
-        stage_over = num_updates == args.num_updates or done
-        since = t % args.online_eval_every  # environment steps since an evaluation was due
-        evaluate = num_updates % args.eval_every == 0
-        if t:
-            evaluate = num_updates == epoch_end and since < args.steps_per_epoch
-        if evaluate or stage_over:
-            evaluator.submit(axis(), actor)
-        evaluator.collect(wait=done)
-        if num_updates % args.log_every == 0:
-            for tag, value in metrics.items():
-                writer.add_scalar(tag, value.mean().item(), axis())
-        rate = (num_updates - first_update) / (time.time() - started)
-        if time.time() - printed > 5 or done:
-            printed = time.time()
-            left = timedelta(seconds=int((last_update - num_updates) / rate))
-            place = f"update {num_updates:,}/{last_update:,}, {rate:.0f} updates/s, {left} left"
-            print(place + f", step {t:,}/{T:,}" * (T > 0), flush=True)
-        if num_updates % args.checkpoint_every == 0 or stage_over or stopped:
-            # the next block is still to be drawn
-            if num_updates == block_start + UPDATES_PER_BLOCK or (t and num_updates == epoch_end):
-                generator_states = [generator.get_state() for generator in generators]
-            save()
-
-    evaluator.collect(wait=not stopped)
-    evaluator.close()
+    speed = (last - first) / (time.time() - started)
+    rows = report(rows, jobs, run_dir, writer)
     writer.close()
-    if num_updates < last_update:
-        print(f"stopped at update {num_updates:,}; continue with: python {sys.argv[0]} --resume {run_dir}")
-        raise SystemExit(128 + stop[0])
-    if args.save_online:
-        episodes = split_episodes(replay[0].cpu().numpy(), interaction.ends[0], agent.widths)
-        returns = [float(reward.sum()) for _, _, reward, _, _ in episodes]
-        references = dataset.environment["references"] or (min(returns), max(returns))
-        description = f"Online data: {shlex.join(sys.argv)} (BCQ, {T} steps, seed {args.seed})"
-        save_minari(args.save_online, episodes, dataset.environment, references, description)
-    print_result(args, run_dir, num_updates, rate)
+    result = summary(rows, args.num_seeds)
+    print(f"{result}; {last:,} updates, {speed:.0f}/s per seed; run folder {run_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:  # also Ctrl-C; without this, it would wait for the evaluations that are queued
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
