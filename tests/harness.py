@@ -38,18 +38,18 @@ SCRIPTS = sorted((ROOT / "algorithms").glob("*.py"))
 DATA = ROOT / "tests" / "data"
 sys.path.append(str(ROOT / "algorithms"))  # where evaluation workers find the modules, too
 
-# The offline scripts for continuous actions that the shared tests are run for, and what makes their runs
-# small beside COMMON: a script with a second stage needs the flags of its length here.
-MOVED = ["iql_red", "cql_red", "td3_bc_red", "crr_red"]
-# scripts of other kinds that have their new form; test_copies.py compares all
-MOVED_TOO = ["dered_iql", "asac", "iql_scaled", "td3_bc_scaled", "sac", "dqn_atari", "rem_atari", "rvs_lds"]
-MOVED_TOO += ["qrdqn_atari", "ensemble_dqn_atari", "offline_dqn_atari", "c51_atari", "rem_online_atari"]
+# The offline scripts for continuous actions, which the shared tests are run for (awac and bcq without their
+# online stage), and what makes their runs small beside COMMON
+OFFLINE = ["iql_red", "cql_red", "td3_bc_red", "crr_red", "dered_iql", "rvs_lds"]
+OFFLINE += ["asac", "iql_scaled", "td3_bc_scaled", "awac", "bcq"]
 COMMON = "--hidden-sizes", 8, 8, "--batch-size", 8, "--device", "cpu"
 SMALL = {
-    "iql_red": (),
     "cql_red": ("--num-action-samples", 2),
-    "td3_bc_red": (),
-    "crr_red": (),
+    "asac": ("--eval-samples", 3),
+    "iql_scaled": ("--eval-samples", 3),
+    "td3_bc_scaled": ("--eval-samples", 3),
+    "awac": ("--eval-samples", 3),
+    "bcq": ("--vae-hidden-sizes", 8, 8, "--num-candidates", 5, "--num-next-actions", 3),
 }
 
 
@@ -66,6 +66,13 @@ def small(script, dropout=0.0):
     if "dropout" in load(script).Args.__dataclass_fields__:
         flags += ["--dropout", dropout]
     return flags
+
+
+def length(script, num_updates, stage1=60):
+    """Flags of a run of so many updates, of which a script with two stages makes stage1 in the first."""
+    if "stage2_updates" in load(script).Args.__dataclass_fields__:
+        return "--num-updates", stage1, "--stage2-updates", num_updates - stage1
+    return "--num-updates", num_updates
 
 
 def command(script, *flags):
@@ -85,7 +92,7 @@ def server():
     """Starts a process that has imported what a run imports, and from which runs are forked."""
     context = multiprocessing.get_context("forkserver")
     late = ["pytest", "torch._dynamo", "gymnasium.envs.mujoco.hopper_v5", "PIL.Image"]
-    context.set_forkserver_preload(late + MOVED)
+    context.set_forkserver_preload(late + OFFLINE)
     path = os.pathsep.join(sys.path)
     with mock.patch.dict(os.environ, {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}):
         forkserver.ensure_running()
@@ -165,7 +172,7 @@ def plumbing(script):
 
 def distinct():
     """Of all moved scripts with the same plumbing the first."""
-    return list({plumbing(script): script for script in reversed(MOVED)}.values())[::-1]
+    return list({plumbing(script): script for script in reversed(OFFLINE)}.values())[::-1]
 
 
 def load_data(script, *names, eval_episodes=0, **flags):

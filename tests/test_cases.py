@@ -11,7 +11,7 @@ import harness
 import pytest
 
 CASES = harness.ROOT.parent / "shared" / "cases"
-SCRIPTS = harness.MOVED if os.environ.get("CASES") else harness.MOVED[:1]
+SCRIPTS = harness.OFFLINE if os.environ.get("CASES") else harness.OFFLINE[:1]
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="the cases are not beside this checkout")
