@@ -691,7 +691,6 @@ def main():
         args = tyro.cli(Args, default=Args(**config["args"]))
         if args.num_updates != config["args"]["num_updates"]:
             sys.exit("error: stage 1 of a run keeps its --num-updates; give a larger --stage2-updates")
-    stages = stages_of(args)
     seeds = range(args.seed, args.seed + args.num_seeds)
     data = load_data(args)
     if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # squares must not overflow
@@ -725,8 +724,8 @@ def main():
     first = 0
     if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
         rows, first = load(run_dir / "checkpoint.pt", agent)
-    if first > stages[-1].end:
-        sys.exit(f"error: {run_dir} has {first} updates already; give a larger --stage2-updates")
+        args.stage2_updates = max(args.stage2_updates, first - args.num_updates)
+    stages = stages_of(args)
     num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
     if args.capture_video:
