@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import harness
 import numpy as np
@@ -196,4 +197,4 @@ def test_scripts_accept_the_flags_of_grids(grid):
     assert all({*pair} <= {row for row, _ in cells} for pair in content.get("pairs", []))
     assert content["title"] and content["claim"] and len({x.name for x in cells.values()}) == len(cells)
     for cell in cells.values():
-        tyro.cli(harness.load(cell.script).Args, args=list(cell.flags))
+        tyro.cli(harness.load(Path(cell.script).name).Args, args=list(cell.flags))

@@ -16,6 +16,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([algorithms, os.environ.get("PYTHONPA
 
 import offline_dqn_atari as dqn  # noqa: E402
 
+Args = dqn.Args
+
 
 def update(agent, obs, action, reward, next_obs, not_terminated, args):
     """One gradient step of every agent on obs (S, B, 4, 84, 84) and action (S, B)."""
