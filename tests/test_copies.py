@@ -1,6 +1,7 @@
 """The scripts stay single files, small, and one family: same-named code is the same text, all keep one form."""
 
 import ast
+import difflib
 import importlib.metadata
 import io
 import re
@@ -125,6 +126,37 @@ def test_the_comparison_notices_one_character(tmp_path, old, new, name):
     assert differing_copies([a, b]) == [(name, "a.py", "b.py")]
 
 
+def size_table():
+    """README's table: sizes, and which other script differs least, by lines removed and added."""
+    lines = {path: path.read_text().splitlines() for path in harness.SCRIPTS}
+    rows = ["| script | tokens of code | of them the method | lines | nearest | lines that differ |", "|---|---|---|---|---|---|"]
+    for path in harness.SCRIPTS:
+        tokens, plumbing, num_lines, *_ = sizes(path.read_text())
+        others = []
+        for other in lines.keys() - {path}:
+            diff = difflib.unified_diff(lines[path], lines[other], n=0, lineterm="")
+            others.append((sum(line[0] in "+-" for line in diff) - 2, other.name))
+        differing, nearest = min(others)
+        rows.append(
+            f"| `{path.name}` | {tokens:,} | {tokens - plumbing:,} | {num_lines} | `{nearest}` | {differing} |"
+        )
+    return "\n".join(rows)
+
+
+def with_size_table(readme):
+    return re.sub(r"(<!-- sizes.*?-->\n).*?(<!-- end -->)", lambda x: f"{x[1]}{size_table()}\n{x[2]}", readme, flags=re.S)
+
+
+def test_readme():
+    """Its sizes are right; the scripts' parsers take its commands."""
+    readme = (harness.ROOT / "README.md").read_text()
+    assert with_size_table(readme) == readme, "run python tests/test_copies.py"
+    commands = re.findall(r"python algorithms/(\w+)\.py ([^`#\n]*)", readme)
+    assert len(commands) > 25
+    for script, flags in commands:
+        tyro.cli(harness.load(script).Args, args=shlex.split(flags))
+
+
 def test_sizes_are_counted_right():
     assert sizes(SAMPLE) == (14 + 20, 20, 15, round(34 / 7, 1), 2, 0)  # by hand
 
@@ -195,3 +227,8 @@ def test_documents(script):
     assert set(re.findall(r"--(?:no-)?([a-z][\w-]+)", joined)) <= {x.replace("_", "-") for x in Args.__annotations__}
     for document in "README.md", "benchmarks.md":
         assert script.name in (harness.ROOT / document).read_text(), document
+
+
+if __name__ == "__main__":
+    path = harness.ROOT / "README.md"
+    path.write_text(with_size_table(path.read_text()))
