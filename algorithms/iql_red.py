@@ -14,27 +14,29 @@ the better the more.
 Objectives, by the papers' equation numbers. Shapes: S seeds (agents side by side), C critics,
 B batch, O observation, A action, N transitions, E episodes. min Q is the smaller of two critics.
     sampler   p(i) = (R_i - R_min) / (R_max - R_min) + p_base,  P(i) = p(i)^alpha / sum_k p(k)^alpha
-              where R_i is the return of i's episode                                    ReD (2), (1)
+              where R_i is the return of i's episode, R_min and R_max those of all      ReD (2), (1)
     value     L_V  = mean |tau - 1[u < 0]| u^2,  u = min Q_target(s, a) - V(s)          IQL (5)
     critic    L_Q  = sum over C of mean (r + gamma (1 - terminated) V(s') - Q(s, a))^2  IQL (6)
     actor     L_pi = -mean min(exp(beta (min Q_target(s, a) - V(s))), 100) log pi(a|s)  IQL (7)
+              with the V that its step has just made; so has the critic
     targets   Q_target <- (1 - target_update_rate) Q_target + target_update_rate Q
 
-What differs from the papers and their code, and why.
+What differs from the papers and their code, and why; and what to know.
     - R_i is the return of the whole episode as logged, before any reward transformation. The ReD
       code drops the last step of each timed-out episode; here its reward counts, and its transition
       too, if the data has s'.
     - Bootstrapping goes on through time limits (truncation) and ends at true ends (termination).
+    - Rewards are scaled as in IQL's code for MuJoCo. reward and top10: ReD, Table 4.
     - The score printed last is the mean of the last ten evaluations; the papers' AntMaze scores are
       the last evaluation alone. Minari's AntMaze, PointMaze and Kitchen go on after success, so their
       returns are not D4RL's 0/1.
     - A seed alone and the same seed among others start alike and draw alike. With --dropout their
       masks differ, for these come from one generator.
 
-Run:      python algorithms/iql_red.py --dataset hopper/replay-v0 --sampler red --num-seeds 5
-Expected: score 58 +- 9 with --num-updates 100000 --hidden-sizes 128 128 (--sampler uniform: 48 +- 3)
-AntMaze:  --p-base 0.2 --expectile 0.9 --beta 10 --reward-transform shift --eval-every 100000
-          --eval-episodes 100
+Run:      python algorithms/iql_red.py --num-seeds 5 --num-updates 100000 --hidden-sizes 128 128
+Expected: score 60 +- 10 over the seeds (--sampler uniform: 50 +- 7)
+AntMaze:  --dataset D4RL/antmaze/medium-play-v1 --p-base 0.2 --expectile 0.9 --beta 10 --reward-transform shift
+          --eval-every 100000 --eval-episodes 100
 Kitchen and Adroit:  --beta 0.5 --dropout 0.1 --reward-transform none
 """
 
@@ -68,15 +70,15 @@ from tqdm import tqdm
 
 CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays as one CUDA graph
 # Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
-# Purposes are never 0, because numpy ignores zeros at the end
+# Purposes start at 1, because numpy takes (s, u, 0) for (s, u)
 DRAWS = 1
 EVALUATION = 2
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 
 
 @dataclass
 class Args:
-    dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids or folders, D4RL files; `ID:0.1`: a tenth of them
+    dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids, folders, D4RL files; `ID:0.1`: a tenth of it
     env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: the data's
     seed: int = 0  # first seed; agent s uses seed + s
     num_seeds: int = 1  # agents trained side by side in one batched computation
@@ -90,7 +92,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     expectile: float = 0.7  # IQL's tau: the expectile of Q that V estimates
     beta: float = 3.0  # inverse temperature of the advantage weights
-    target_update_rate: float = 0.005  # share of the critics in their targets at every update
+    target_update_rate: float = 0.005  # how far targets move to the critics at every update
     dropout: float = 0.0  # dropout rate in the actor
     reward_transform: Literal["scale", "shift", "none"] = "scale"  # scale: r * 1000 / (R_max - R_min); shift: r - 1
     eval_every: int = 5_000  # updates between evaluations, each of which comes with a checkpoint
@@ -165,7 +167,7 @@ class Sampler:
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def orthogonal(weight, bias, generator):
-    """First values of any layer, also the last: weight (in, out), bias (1, out), as in the IQL authors' code."""
+    """First values of any layer, of the last one too: weight (in, out), bias (1, out), as in IQL's authors' code."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)  # sqrt(2): ReLUs halve the variance
     bias.zero_()
 
@@ -198,7 +200,7 @@ class MLP(nn.Module):
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
-        return x.unflatten(0, (-1, self.C)).squeeze(1)  # no C where it is 1
+        return x.unflatten(0, (-1, self.C)).squeeze(1)  # (S * C, B, out) -> (S, C, B, out), no C where it is 1
 
 
 class GaussianActor(nn.Module):
@@ -237,7 +239,7 @@ class Agent(nn.Module):
         self.optimizers = {}
         for name in ("value", "actor", "critic"):
             parameters = getattr(self, name).parameters()
-            rate = torch.tensor(args.learning_rate, device=args.device)  # a CUDA graph would keep a number
+            rate = torch.tensor(args.learning_rate, device=args.device)  # changes; a CUDA graph would keep a number
             adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
             self.optimizers[name] = adam
 
@@ -301,7 +303,8 @@ def update(agent, obs, action, reward, next_obs, not_terminated, args):
 # Plumbing of the offline scripts: data ------------------------------------------------------------
 class Data(NamedTuple):
     """N transitions of E episodes, one after the other; nothing changes them in place. For arrays of your own
-    write a `load_data` that returns them, and delete everything from here to the next heading."""
+    keep this class, put a `load_data(args)` that returns it in place of all below, down to the next heading,
+    and delete the imports that are left over. The default of --dataset then only names the run folder."""
 
     obs: np.ndarray  # (N, O)
     action: np.ndarray  # (N, A), in [-1, 1]
@@ -310,7 +313,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -523,8 +526,8 @@ def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode)
         lengths += running
         running &= ~(terminated | truncated)
     envs.close()
-    worst, best = references
-    scores = 100 * (returns - worst) / (best - worst)
+    low, high = references
+    scores = 100 * (returns - low) / (high - low)
     columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores)
     return np.stack(columns, axis=1)
 
@@ -535,7 +538,7 @@ def summary(rows, num_seeds):
         return "nothing was evaluated"
     evaluations = np.unique(rows[:, 0])
     last = rows[np.isin(rows[:, 0], evaluations[-10:])]
-    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6)
+    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6); seeds are innermost
     _, _, _, returns, _, scores = means.T
     text = f"return {returns.mean():.1f}, normalised score {scores.mean():.1f}"
     if num_seeds > 1:
@@ -597,9 +600,9 @@ def load(path, agent):
     """Puts the agent back; returns rows and num_updates."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
-    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+    for name, optimizer in agent.optimizers.items():
         state = {"state": checkpoint["optimizers"][name]}
-        optimizer.load_state_dict(optimizer.state_dict() | state)
+        optimizer.load_state_dict(optimizer.state_dict() | state)  # with the settings of this device
     return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 
@@ -634,7 +637,7 @@ def main():
         args = tyro.cli(Args, default=Args(**config["args"]))
     seeds = range(args.seed, args.seed + args.num_seeds)
     data = load_data(args)
-    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # squares must not overflow
+    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # all arrays; squares must not overflow
         sys.exit("error: the data has NaN, infinite or huge values; clean it first")
     if np.abs(data.action).max() > 1 + 1e-6:
         sys.exit("error: there are actions outside their bounds; clip or rescale them")
@@ -653,7 +656,7 @@ def main():
     def actor_rate(num_updates):
         return args.learning_rate * 0.5 * (1 + math.cos(math.pi * num_updates / args.num_updates))
 
-    # one row a transition, so that a batch is one gather; only this and `learn` know the columns
+    # one row a transition, so that a batch is one gather; only these lines and `learn` know the columns
     columns = [
         data.obs,
         action,
@@ -692,14 +695,14 @@ def main():
         print(f"policies of update {first:,}: {summary(rows, args.num_seeds)}")
         return
 
-    returns = np.repeat(data.returns, data.lengths)
-    drawn = np.random.default_rng(0).choice(returns, 100_000, p=probabilities)  # refuses what is no distribution
+    transition_returns = np.repeat(data.returns, data.lengths)
+    drawn = np.random.default_rng(0).choice(transition_returns, 100_000, p=probabilities)  # for the histogram
     open_run_dir(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
     writer.add_histogram("data/return_of_episodes", data.returns, 0)
-    writer.add_histogram("data/return_of_transitions", returns, 0)
+    writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
-    print(f"{len(returns):,} transitions of {len(data.returns):,} episodes")
+    print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
     print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
@@ -717,7 +720,7 @@ def main():
     started = time.time()
     for step in tqdm(range(first, args.num_updates, CHUNK), mininterval=1, unit_scale=CHUNK):
         batches = sampler.draw(seeds, step, args.batch_size)
-        torch.manual_seed(10**9 * (args.seed + 1) + step)  # of dropout
+        torch.manual_seed(10**9 * (args.seed + 1) + step)  # of dropout, one generator for all seeds
         agent.optimizers["actor"].param_groups[0]["lr"].fill_(actor_rate(step))
         metrics = learn(batches)
         num_updates = step + CHUNK

@@ -72,10 +72,10 @@ from tqdm import tqdm
 
 CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays as one CUDA graph
 # Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
-# Purposes are never 0, because numpy ignores zeros at the end
+# Purposes start at 1, because numpy takes (s, u, 0) for (s, u)
 DRAWS = 1
 EVALUATION = 2
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 POLICY_STD = 0.2  # of every action, in every state
 NOISE_CLIP = 1.5  # standard deviations, 0.3: bound of the policy's noise where critics bootstrap
 
@@ -92,7 +92,7 @@ IQL_TESTBEDS = {
 
 @dataclass
 class Args:
-    dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids or folders, D4RL files; `ID:0.1`: a tenth of them
+    dataset: tuple[str, ...] = ("hopper/replay-v0",)  # Minari ids, folders, D4RL files; `ID:0.1`: a tenth of it
     env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: the data's
     seed: int = 0  # first seed; agent s uses seed + s
     num_seeds: int = 1  # agents trained side by side in one batched computation
@@ -110,7 +110,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = ()  # widths of the hidden layers of every network; default: Table 7
     learning_rate: float = 3e-4  # Adam's step size; the paper tries 1e-4 too
     gamma: float = 0.99  # discount factor
-    target_update_rate: float = 0.005  # share of the critics in their targets at every update
+    target_update_rate: float = 0.005  # how far targets move to the critics at every update
     reward_transform: Literal["shift", "none"] = "none"  # shift: r - 1
     eval_every: int = 5_000  # updates between evaluations, each of which comes with a checkpoint
     eval_episodes: int = 10  # episodes per evaluation and seed; 0: never evaluate
@@ -230,7 +230,7 @@ class MLP(nn.Module):
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
-        return x.unflatten(0, (-1, self.C)).squeeze(1)  # no C where it is 1
+        return x.unflatten(0, (-1, self.C)).squeeze(1)  # (S * C, B, out) -> (S, C, B, out), no C where it is 1
 
 
 class ModernMLP(MLP):
@@ -422,7 +422,8 @@ def update(agent, obs, action, reward, next_obs, not_terminated, noise, args):
 # Plumbing of the offline scripts: data ------------------------------------------------------------
 class Data(NamedTuple):
     """N transitions of E episodes, one after the other; nothing changes them in place. For arrays of your own
-    write a `load_data` that returns them, and delete everything from here to the next heading."""
+    keep this class, put a `load_data(args)` that returns it in place of all below, down to the next heading,
+    and delete the imports that are left over. The default of --dataset then only names the run folder."""
 
     obs: np.ndarray  # (N, O)
     action: np.ndarray  # (N, A), in [-1, 1]
@@ -431,7 +432,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # of evaluations: gym.spec(ID), with a step limit; None: no evaluation
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -644,8 +645,8 @@ def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode)
         lengths += running
         running &= ~(terminated | truncated)
     envs.close()
-    worst, best = references
-    scores = 100 * (returns - worst) / (best - worst)
+    low, high = references
+    scores = 100 * (returns - low) / (high - low)
     columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores)
     return np.stack(columns, axis=1)
 
@@ -656,7 +657,7 @@ def summary(rows, num_seeds):
         return "nothing was evaluated"
     evaluations = np.unique(rows[:, 0])
     last = rows[np.isin(rows[:, 0], evaluations[-10:])]
-    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6)
+    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6); seeds are innermost
     _, _, _, returns, _, scores = means.T
     text = f"return {returns.mean():.1f}, normalised score {scores.mean():.1f}"
     if num_seeds > 1:
@@ -718,9 +719,9 @@ def load(path, agent):
     """Puts the agent back; returns rows and num_updates."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
-    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+    for name, optimizer in agent.optimizers.items():
         state = {"state": checkpoint["optimizers"][name]}
-        optimizer.load_state_dict(optimizer.state_dict() | state)
+        optimizer.load_state_dict(optimizer.state_dict() | state)  # with the settings of this device
     return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 
@@ -755,7 +756,7 @@ def main():
         args = tyro.cli(Args, default=Args(**config["args"]))
     seeds = range(args.seed, args.seed + args.num_seeds)
     data = load_data(args)
-    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # squares must not overflow
+    if not all((np.abs(column) < 1e18).all() for column in data[:7]):  # all arrays; squares must not overflow
         sys.exit("error: the data has NaN, infinite or huge values; clean it first")
     if np.abs(data.action).max() > 1 + 1e-6:
         sys.exit("error: there are actions outside their bounds; clip or rescale them")
@@ -768,7 +769,7 @@ def main():
     if args.reward_transform == "shift":
         reward = reward - 1
 
-    # one row a transition, so that a batch is one gather; only this and `learn` know the columns
+    # one row a transition, so that a batch is one gather; only these lines and `learn` know the columns
     columns = [
         data.obs,
         data.action,
@@ -807,14 +808,14 @@ def main():
         print(f"policies of update {first:,}: {summary(rows, args.num_seeds)}")
         return
 
-    returns = np.repeat(data.returns, data.lengths)
-    drawn = np.random.default_rng(0).choice(returns, 100_000, p=probabilities)  # refuses what is no distribution
+    transition_returns = np.repeat(data.returns, data.lengths)
+    drawn = np.random.default_rng(0).choice(transition_returns, 100_000, p=probabilities)  # for the histogram
     open_run_dir(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
     writer.add_histogram("data/return_of_episodes", data.returns, 0)
-    writer.add_histogram("data/return_of_transitions", returns, 0)
+    writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
-    print(f"{len(returns):,} transitions of {len(data.returns):,} episodes")
+    print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
     print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 

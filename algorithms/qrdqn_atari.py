@@ -76,17 +76,17 @@ torch.backends.cudnn.benchmark = True  # the fastest convolutions for these shap
 
 CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays as one CUDA graph
 # Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
-# Purposes are never 0, because numpy ignores zeros at the end
+# Purposes start at 1, because numpy takes (s, u, 0) for (s, u)
 DRAWS = 1
 EVALUATION = 2
 FILES = 4
 
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset, and the share of its episodes
+NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 
 
 @dataclass
 class Args:
-    dataset: tuple[str, ...] = ("atari/mspacman",)  # folders of DQN Replay files; `ID:0.1`: a tenth of them
+    dataset: tuple[str, ...] = ("atari/mspacman",)  # folders of DQN Replay files; `ID:0.1`: a tenth of its episodes
     env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: the one the log names
     first_fraction: float = 1.0  # learn from this first part of every log only, its worst play
     files_in_memory: int = 5  # files whose frames are in memory, 7 GB each; as much again for the next ones
@@ -527,8 +527,8 @@ def run_atari_episode(policy, env_id, references, seeds, num_updates, episode):
         running &= ~(terminated | truncated)
     envs.close()
     lengths = counts.sum(1)
-    worst, best = references
-    scores = 100 * (returns - worst) / (best - worst)
+    low, high = references
+    scores = 100 * (returns - low) / (high - low)
     shares = counts.max(1) / lengths
     columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores, shares)
     return np.stack(columns, axis=1)
@@ -605,9 +605,9 @@ def load(path, agent):
     """Puts the agent back; returns rows and num_updates."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
-    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+    for name, optimizer in agent.optimizers.items():
         state = {"state": checkpoint["optimizers"][name]}
-        optimizer.load_state_dict(optimizer.state_dict() | state)
+        optimizer.load_state_dict(optimizer.state_dict() | state)  # with the settings of this device
     return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 

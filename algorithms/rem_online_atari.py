@@ -68,7 +68,7 @@ gym.register_envs(ale_py)
 torch.backends.cudnn.benchmark = True  # the fastest convolutions for these shapes
 
 # Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
-# Purposes are never 0, because numpy ignores zeros at the end
+# Purposes start at 1, because numpy takes (s, u, 0) for (s, u)
 DRAWS = 1
 EVALUATION = 2
 EXPLORATION = 3
@@ -472,8 +472,8 @@ def run_atari_episode(policy, env_id, references, seeds, num_updates, episode):
         running &= ~(terminated | truncated)
     envs.close()
     lengths = counts.sum(1)
-    worst, best = references
-    scores = 100 * (returns - worst) / (best - worst)
+    low, high = references
+    scores = 100 * (returns - low) / (high - low)
     shares = counts.max(1) / lengths
     columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores, shares)
     return np.stack(columns, axis=1)
@@ -549,9 +549,9 @@ def load(path, agent):
     """Puts the agent back; returns rows and num_updates."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
-    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+    for name, optimizer in agent.optimizers.items():
         state = {"state": checkpoint["optimizers"][name]}
-        optimizer.load_state_dict(optimizer.state_dict() | state)
+        optimizer.load_state_dict(optimizer.state_dict() | state)  # with the settings of this device
     return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 

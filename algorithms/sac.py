@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 CHUNK_STEPS = 20  # steps whose random numbers are drawn together
 # Random numbers are a function of (seed, purpose, update, ...), so that no generator's state has to be saved.
-# Purposes are never 0, because numpy ignores zeros at the end
+# Purposes start at 1, because numpy takes (s, u, 0) for (s, u)
 DRAWS = 1
 EVALUATION = 2
 EXPLORATION = 3
@@ -79,7 +79,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of every network
     learning_rate: float = 3e-4  # Adam's step size for critics, actor and temperature
     gamma: float = 0.99  # discount factor
-    target_update_rate: float = 0.005  # share of the critics in their targets at every update
+    target_update_rate: float = 0.005  # how far targets move to the critics at every update
     replay_size: int = 1_000_000  # steps of each seed that are kept to learn from, the newest ones
     save_replay: str | None = None  # write the first seed's log to this folder, as a Minari dataset
     replay_transitions: int | None = None  # thin that log by whole episodes to about so many transitions
@@ -141,7 +141,7 @@ class MLP(nn.Module):
                 x = torch.baddbmm(bias, x, weight)
             else:  # a matrix times a vector, which baddbmm is slow at
                 x = (x * weight.mT).sum(-1, keepdim=True) + bias
-        return x.unflatten(0, (-1, self.C)).squeeze(1)  # no C where it is 1
+        return x.unflatten(0, (-1, self.C)).squeeze(1)  # (S * C, B, out) -> (S, C, B, out), no C where it is 1
 
 
 class TanhGaussianActor(nn.Module):
@@ -184,7 +184,7 @@ class Agent(nn.Module):
         self.optimizers = {}
         policy = [*self.actor.parameters(), self.log_alpha]
         for name, parameters in ("critic", self.critic.parameters()), ("policy", policy):
-            rate = torch.tensor(args.learning_rate, device=args.device)  # a CUDA graph would keep a number
+            rate = torch.tensor(args.learning_rate, device=args.device)  # changes; a CUDA graph would keep a number
             adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
             self.optimizers[name] = adam
 
@@ -444,8 +444,8 @@ def run_episode(pickled, spec, references, run_dir, seeds, num_updates, episode)
         lengths += running
         running &= ~(terminated | truncated)
     envs.close()
-    worst, best = references
-    scores = 100 * (returns - worst) / (best - worst)
+    low, high = references
+    scores = 100 * (returns - low) / (high - low)
     columns = np.broadcast_arrays(num_updates, seeds, episode, returns, lengths, scores)
     return np.stack(columns, axis=1)
 
@@ -456,7 +456,7 @@ def summary(rows, num_seeds):
         return "nothing was evaluated"
     evaluations = np.unique(rows[:, 0])
     last = rows[np.isin(rows[:, 0], evaluations[-10:])]
-    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6)
+    means = last.reshape(-1, num_seeds, len(ROW)).mean(0)  # (S, 6); seeds are innermost
     _, _, _, returns, _, scores = means.T
     text = f"return {returns.mean():.1f}, normalised score {scores.mean():.1f}"
     if num_seeds > 1:
@@ -517,9 +517,9 @@ def load(path, agent):
     """Puts the agent back; returns rows and num_updates."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
-    for name, optimizer in agent.optimizers.items():  # whose settings are those of this device
+    for name, optimizer in agent.optimizers.items():
         state = {"state": checkpoint["optimizers"][name]}
-        optimizer.load_state_dict(optimizer.state_dict() | state)
+        optimizer.load_state_dict(optimizer.state_dict() | state)  # with the settings of this device
     return checkpoint["rows"].numpy(), checkpoint["num_updates"]
 
 

@@ -151,7 +151,7 @@ def test_readme():
     """Its sizes are right; the scripts' parsers take its commands."""
     readme = (harness.ROOT / "README.md").read_text()
     assert with_size_table(readme) == readme, "run python tests/test_copies.py"
-    commands = re.findall(r"python algorithms/(\w+)\.py ([^`#\n]*)", readme)
+    commands = re.findall(r"python algorithms/(\w+)\.py ([^`#&\n]*)", readme)
     assert len(commands) > 25
     for script, flags in commands:
         tyro.cli(harness.load(script).Args, args=shlex.split(flags))
