@@ -187,19 +187,20 @@ class MLP(nn.Module):
         self.activation = activation
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
+        num_networks = len(generators) * C
         for fan_in, fan_out in zip(sizes, sizes[1:]):
-            weight = torch.empty(len(generators) * C, fan_in, fan_out)
-            bias = torch.empty(len(generators) * C, 1, fan_out)
-            for i in range(len(weight)):
+            weight = torch.empty(num_networks, fan_in, fan_out)
+            bias = torch.empty(num_networks, 1, fan_out)
+            for i in range(num_networks):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
+        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
-        if self.C > 1:
-            x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+        x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
+        for i, (weight, bias) in enumerate(self.layers):
             if i > 0:
                 x = self.activation(x)
             if weight.shape[-1] > 1:
