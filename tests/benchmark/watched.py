@@ -1,8 +1,10 @@
-"""main() of a script in this process, watched: what gpu.py drives the scripts with."""
+"""main() of a script in this process, watched, and what its CUDA graphs take alone: the tools of gpu.py."""
 
 import contextlib
 import inspect
 import sys
+import time
+from collections import Counter
 from importlib import import_module
 
 import harness
@@ -30,8 +32,8 @@ def emulated(module):
 
 def drive(script, flags, graph=None, eager=False, stop=None, after_call=None, **changes):
     """Runs main() with graphs of the class `graph`, or eager, and returns these. A copy of each checkpoint
-    stays; the one of update `stop` ends the run. After every call that learns comes after_call(graph, all that
-    learn). Changes: of the module."""
+    stays; the one of update `stop` ends the run. After every call that learns comes after_call(graph, all
+    that learn). Changes: of the module."""
     module = import_module(script)
     before = dict(vars(module))
     graphs = []
@@ -52,7 +54,7 @@ def drive(script, flags, graph=None, eager=False, stop=None, after_call=None, **
             self.num_watched += 1
             if eager:
                 self.num_calls = 0  # so that this call is an ordinary one
-            if torch.cuda.is_available() and self.num_watched != 4:  # before it records, PyTorch waits by itself
+            if torch.cuda.is_available() and self.num_watched != 4:  # PyTorch waits before it records
                 torch.cuda.set_sync_debug_mode("warn")
             outputs = super().__call__(*inputs)
             if torch.cuda.is_available():
@@ -104,3 +106,52 @@ def flags_of(script, args, folder, num_seeds, **wishes):
         drive("cql_red", flags_of("cql_red", args, folder, 2 * num_seeds, **length))
         wishes["offline"] = folder / "members"
     return {name: value for name, value in wishes.items() if name in fields}
+
+
+def wait(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(functions, args):
+    """Of a call of all functions, after a first one."""
+    times = 1 if args.toy else 10
+    for i in range(1 + times):
+        if i == 1:
+            wait(args)
+            start = time.perf_counter()
+        for function in functions:
+            function()
+    wait(args)
+    return (time.perf_counter() - start) / times
+
+
+def look_inside(learners, args):
+    """What a replay of all learners takes, alone; on a CPU, operations stand for kernels."""
+    updates = sum(x.updates for x in learners)
+    replays = [x.again for x in learners]
+    alone = updates / seconds_of(replays, args)
+    kind = args.device.upper()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.__members__[kind]]) as profile:
+        for replay in replays:
+            replay()
+        wait(args)
+    kernels = [x for x in profile.events() if x.device_type.name == kind]
+    seconds = Counter()
+    for kernel in kernels:
+        seconds[kernel.name[:80]] += kernel.time_range.elapsed_us() / 1e6 / updates
+    x = torch.zeros(1, device=args.device)
+
+    def launch():  # as many kernels that do next to nothing, one after the other
+        for _ in kernels:
+            x.add_(1)
+
+    launch()
+    if args.device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        launch = graph.replay
+    limit = updates / seconds_of([launch], args)
+    result = {"seconds in kernels": seconds.total(), "replays alone": alone, "empty kernels": limit}
+    return result | {"kernels": len(kernels) / updates, "top": seconds.most_common(6)}

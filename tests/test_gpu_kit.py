@@ -1,0 +1,60 @@
+"""tests/benchmark/gpu.py without a GPU: all parts at toy size, with CUDA graphs emulated on the CPU."""
+
+import json
+import subprocess
+import sys
+
+import harness
+import pytest
+
+GPU = harness.ROOT / "tests" / "benchmark" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """What it wrote for a script with data and one that makes its own."""
+    folder = tmp_path_factory.mktemp("gpu") / "out"
+    flags = ["--out", folder, "--device", "cpu", "--toy", "--jobs", "1", "--scripts", "iql_red", "sac"]
+    command = [sys.executable, str(GPU), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    section = (folder / "section.md").read_text()
+    assert section.startswith("## On a GPU") and done.stdout.strip().endswith(section.strip())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(out):
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert not [line for line in lines if "error" in line], (out / "log.txt").read_text()[-3000:]
+    return {(line["part"], line["name"]): line for line in lines}
+
+
+def test_graphs_are_right(results):
+    for script in ("iql_red", "sac"):
+        line = results[1, script]
+        assert line["right"] and line["difference"] == 0 and line["updates in graphs"] >= 60
+    assert results[1, "iql_red"]["resumed"] == 0  # the bits of a run that was not stopped
+
+
+def test_speeds_are_measured(results):
+    names = [name for part, name in results if part in (2, 4)]
+    assert names[:2] == ["iql_red", "sac"]
+    assert [name.split()[2] for name in names[2:]] == ["chunk", "tf32", "compile"]
+    for part, name in results:
+        if part in (2, 4):
+            line = results[part, name]
+            assert min(line["updates/s"], line["replays alone"], line["empty kernels"], line["kernels"]) > 0
+
+
+def test_main_job_is_scored(results):
+    for sampler in ("red", "uniform"):
+        line = results[3, sampler]
+        assert line["updates"] == 60 and line["95 % from"] <= line["score"] <= line["to"]
+        assert line["seconds waited"] > 0 and line["and at the end"] < 60 * line["minutes"]
+
+
+def test_all_of_it_is_in_the_tables(out, results):
+    section = (out / "section.md").read_text()
+    for part, name in results:
+        assert f"| {name} |" in section
