@@ -8,7 +8,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from test_sac import LoggedEnv  # as Logged-v0, an environment with a log of its own
+from reference import LoggedEnv, assert_same_layers, linear_layers, logged_rows, random_batch, randomize
 
 td3 = harness.load("td3")
 
@@ -23,36 +23,18 @@ def make_args(hidden_sizes=(16, 16), **flags):
 def make_agent(args, size=0.0):
     """An agent of random numbers of this size, so that targets and online networks differ."""
     agent = td3.Agent(OBS_DIM, ACTION_DIM, args)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    randomize(agent, size)
     return agent
 
 
 def make_batch(S=1, B=32, seed=0):
     """Random obs, action, reward, next_obs, not_terminated, noise."""
-    rng = np.random.default_rng(seed)
-    obs, next_obs = rng.normal(size=(2, S, B, OBS_DIM))
-    obs[0, 0, 0] = 40  # so that RND's clip at 5 standard deviations counts
-    action = rng.uniform(-1, 1, size=(S, B, ACTION_DIM))
-    reward = rng.normal(size=(S, B))
-    not_terminated = rng.random((S, B)) > 0.25
-    noise = rng.normal(size=(S, B, ACTION_DIM))
-    return [torch.from_numpy(np.float32(x)) for x in (obs, action, reward, next_obs, not_terminated, noise)]
+    batch = random_batch(S, B, OBS_DIM, ACTION_DIM, (S, B, ACTION_DIM), seed)
+    batch[0][0, 0, 0] = 40  # so that RND's clip at 5 standard deviations counts
+    return batch
 
 
 # The update ---------------------------------------------------------------------------------------
-def linear_layers(mlp, i):
-    """The i-th network of an MLP as torch.nn has it."""
-    layers = []
-    for weight, bias in zip(mlp.weights, mlp.biases):
-        linear = torch.nn.Linear(*weight.shape[1:], dtype=torch.float64)
-        linear.weight.data = weight[i].detach().T.clone()
-        linear.bias.data = bias[i, 0].detach().clone()
-        layers += [linear, torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers[:-1])
-
-
 class Reference:
     """One seed in float64: torch.nn modules, plain Adam, a loop over critics, moments of all errors at once."""
 
@@ -118,7 +100,7 @@ class Reference:
 @pytest.mark.parametrize("objective", ["task", "rnd"])
 @pytest.mark.parametrize("algorithm", ["td3", "ddpg"])
 def test_update_against_reference(algorithm, objective):
-    """Four updates of two seeds, with steps large enough that every question of order shows."""
+    """Four updates of two seeds, which do not mix, with steps large enough that every question of order shows."""
     args = make_args(algorithm=algorithm, objective=objective, num_seeds=2, learning_rate=0.02,
                      target_update_rate=0.3, gamma=0.9, policy_noise=0.4)  # fmt: skip
     agent = make_agent(args, size=0.4).double()
@@ -140,29 +122,7 @@ def test_update_against_reference(algorithm, objective):
         if objective == "rnd":
             pairs += [(agent.rnd.predictor, s, reference.predictor), (agent.rnd.target, s, reference.random)]
         for mlp, i, expected in pairs:
-            for layer, weight, bias in zip(expected[::2], mlp.weights, mlp.biases):
-                torch.testing.assert_close(weight[i], layer.weight.T, rtol=0, atol=1e-6)
-                torch.testing.assert_close(bias[i, 0], layer.bias, rtol=0, atol=1e-6)
-
-
-def test_another_seeds_batch_changes_nothing():
-    """Seed 0 is bit for bit the same whatever seed 1 learns from, and seed 1 is not."""
-    args = make_args(num_seeds=2, learning_rate=0.01, objective="rnd")
-    states = []
-    for factor in (1.0, 3.0):
-        agent = td3.Agent(OBS_DIM, ACTION_DIM, args)
-        for n in range(5):
-            batch = make_batch(S=2, seed=n)
-            for column in batch:
-                column[1] *= factor
-            batch[0][1, 1] *= factor  # beside a factor for all of a batch, which RND would not see
-            td3.update(agent, *batch, n % 2 == 1, args)
-        states.append(agent.state_dict())
-    for name, x in states[0].items():
-        half = len(x) // 2
-        assert torch.equal(x[:half], states[1][name][:half]), name
-        fixed = "rnd.target" in name or name == "rnd.count"
-        assert torch.equal(x[half:], states[1][name][half:]) == fixed, name
+            assert_same_layers(mlp, i, expected, atol=1e-6)
 
 
 # Novelty ------------------------------------------------------------------------------------------
@@ -206,16 +166,14 @@ LOGGED = "--env-id Logged-v0 --hidden-sizes 8 --batch-size 8 --eval-episodes 0 -
 
 @pytest.fixture
 def main(monkeypatch):
-    """main(*flags): main() in this process; returns the checkpoint, and the environments' logs."""
+    """main(*flags): main() in this process; returns the checkpoint."""
 
     def call(*flags):
         LoggedEnv.logs.clear()
-        flags = [str(flag) for flag in flags]
-        monkeypatch.setattr(sys, "argv", ["td3.py", *([] if "--resume" in flags else LOGGED), *flags])
         monkeypatch.setenv("MINARI_DATASETS_PATH", "what main() sets ends with the test")
-        td3.main()
+        harness.run_main("td3", *flags if "--resume" in flags else [*LOGGED, *flags])
         folder = flags[flags.index("--run-dir" if "--run-dir" in flags else "--resume") + 1]
-        return torch.load(f"{folder}/checkpoint.pt", weights_only=True), LoggedEnv.logs.copy()
+        return torch.load(f"{folder}/checkpoint.pt", weights_only=True)
 
     return call
 
@@ -229,29 +187,24 @@ def test_log_is_what_the_environments_saw(main, tmp_path):
     """All episodes of all seeds in order, in the environment's own units, terminations and truncations apart, also
     the last ones, which the run cuts; actions are random at first, then the policy's with its noise."""
     folder = tmp_path / "logged" / "log-v3"
-    checkpoint, logs = main("--num-steps", 60, "--num-seeds", 2, "--learning-starts", 30, "--learning-rate", 0,
-                            "--run-dir", tmp_path / "run", "--save-replay", folder)  # fmt: skip
+    checkpoint = main("--num-steps", 60, "--num-seeds", 2, "--learning-starts", 30, "--learning-rate", 0,
+                      "--run-dir", tmp_path / "run", "--save-replay", folder)  # fmt: skip
     replay = checkpoint["agent"]["replay._extra_state"].numpy()
-    agent = td3.Agent(3, 2, make_args(hidden_sizes=(8,), num_seeds=2))  # has learned nothing
-    for s, log in enumerate(logs):
-        steps = [step for episode in log for step in episode]
-        obs, action, reward, next_obs = map(np.array, zip(*steps))
-        last = [i == len(episode) - 1 for episode in log for i in range(len(episode))]
-        terminated = [len(log[n]) == 5 and n % 3 == 2 for n in range(len(log)) for _ in log[n]]
-        action = action * [0.4, 2] + [-0.2, 1]
-        columns = np.concatenate([obs, action, reward[:, None], next_obs], axis=1)
-        np.testing.assert_allclose(replay[s, :, :9], columns, atol=1e-6)
-        np.testing.assert_array_equal(replay[s, :, 9] == 0, np.logical_and(terminated, last))
+    agent = td3.Agent(OBS_DIM, 2, make_args(hidden_sizes=(8,), num_seeds=2))  # has learned nothing
+    for s in range(2):
+        rows = logged_rows(s)
+        np.testing.assert_allclose(replay[s, :, :12], rows, atol=1e-6)
+        obs, action = np.float32(rows[:, :4]), rows[:, 4:6]
         draws = [td3.draw((0, 1), td3.EXPLORATION, n, 2, (2,), "cpu") for n in range(60)]
         uniform, noise = (np.array([x[s].numpy() for x in column]) for column in zip(*draws))
         mean = agent.actor(torch.from_numpy(obs).expand(2, -1, -1))[s].detach().numpy()
         np.testing.assert_allclose(action[:30], 2 * uniform[:30] - 1, atol=1e-5)
         np.testing.assert_allclose(action[30:], np.clip(mean + 0.2 * noise, -1, 1)[30:], atol=1e-5)
-    assert [len(episode) for episode in logs[0]] == [7, 7, 5] * 3 + [3]
+    assert [len(episode) for episode in LoggedEnv.logs[0]] == [7, 7, 5] * 3 + [3]
 
     episodes = read(folder)
     assert len(episodes) == 20
-    for n, (episode, steps) in enumerate(zip(episodes, logs[0] + logs[1])):
+    for n, (episode, steps) in enumerate(zip(episodes, LoggedEnv.logs[0] + LoggedEnv.logs[1])):
         obs, action, reward, next_obs = map(np.array, zip(*steps))
         np.testing.assert_array_equal(episode.observations, np.concatenate([obs, next_obs[-1:]]))
         np.testing.assert_allclose(episode.actions, action, atol=1e-6)
@@ -265,8 +218,8 @@ def test_log_is_what_the_environments_saw(main, tmp_path):
 def test_resume_goes_on_with_a_new_episode(main, capsys, tmp_path, algorithm, actor_steps):
     """... that the log keeps apart from the one the stop has cut. TD3's actor learns in every second update."""
     flags = "--algorithm", algorithm, "--objective", "rnd", "--learning-starts", 10
-    before, _ = main("--num-steps", 30, *flags, "--run-dir", tmp_path / "run")
-    after, _ = main("--resume", tmp_path / "run", "--num-steps", 50, "--save-replay", tmp_path / "all" / "log-v0")
+    before = main("--num-steps", 30, *flags, "--run-dir", tmp_path / "run")
+    after = main("--resume", tmp_path / "run", "--num-steps", 50, "--save-replay", tmp_path / "all" / "log-v0")
     assert "from step 30 on, with a new episode" in capsys.readouterr().out
     for name, expected in (("critic", (21, 41)), ("rnd", (21, 41)), ("actor", actor_steps)):
         assert tuple(x["optimizers"][name][0]["step"].item() for x in (before, after)) == expected, name
@@ -280,7 +233,7 @@ def test_seed_k_among_three_is_the_run_with_seed_k(main, tmp_path):
     runs = {}
     for seed, num_seeds in ((3, 3), (3, 1), (5, 1)):
         flags = "--seed", seed, "--num-seeds", num_seeds, "--run-dir", tmp_path / f"{seed}-{num_seeds}"
-        runs[seed, num_seeds], _ = main("--num-steps", 69, "--learning-starts", 20, "--objective", "rnd", *flags)
+        runs[seed, num_seeds] = main("--num-steps", 69, "--learning-starts", 20, "--objective", "rnd", *flags)
     together = runs[3, 3]["agent"]
     for k in (0, 2):
         alone = runs[3 + k, 1]["agent"]
