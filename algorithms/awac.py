@@ -78,7 +78,7 @@ CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays 
 DRAWS = 1
 EVALUATION = 2
 EXPLORATION = 3
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
+NAME = re.compile(r"(.*?)(?::(0\.\d*[1-9]\d*|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 POLICY_STD = 0.2  # of every action, in every state
 NOISE_CLIP = 1.5  # standard deviations, 0.3: bound of the policy's noise where critics bootstrap
 
@@ -109,7 +109,7 @@ class Args:
     env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: of the first dataset
     seed: int = 0  # first seed; agent s uses seed + s
     num_seeds: int = 1  # agents trained side by side in one batched computation
-    preset: Literal["small", "antmaze", "locomotion", "locomotion-0.1", "online"] = "small"  # of the next 7 flags
+    preset: Literal["small", "antmaze", "locomotion", "locomotion-0.1", "online"] = "small"  # of the next 7 at first
     architecture: Literal["simple-small", "simple-large", "modern"] | None = None  # networks of Table 7
     num_critics: int | None = None  # critics in the ensemble
     pessimism: float | None = None  # lambda: how far Q_bar is below the mean; 0.5 of 2 critics: their minimum

@@ -73,7 +73,7 @@ CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays 
 DRAWS = 1
 EVALUATION = 2
 EXPLORATION = 3
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
+NAME = re.compile(r"(.*?)(?::(0\.\d*[1-9]\d*|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 KL_WEIGHT = 0.5  # of the VAE's divergence against its squared error
 LATENT_CLIP = 0.5  # bound of the latent vectors that actions are drawn with
 

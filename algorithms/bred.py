@@ -76,7 +76,7 @@ DRAWS = 1
 EVALUATION = 2
 EXPLORATION = 3
 DISTILLATION = 4
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
+NAME = re.compile(r"(.*?)(?::(0\.\d*[1-9]\d*|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 # flags of cql_red.py that hold for fine-tuning too, and what others must be, as in the paper
 MEMBER_FLAGS = [
     "dataset",
@@ -85,7 +85,9 @@ MEMBER_FLAGS = [
     "cql_alpha",
     "num_action_samples",
 ]
-FIXED_FLAGS = {"normalize_obs": False, "reward_transform": "none"}
+FIXED_FLAGS = {
+    "normalize_obs": False, "reward_transform": "none", "importance_sampling": True
+}
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Args:
     independent: bool = False  # each member keeps its policy, instead of one distilled from all
     policy_learning_rate: float = 3e-4  # Adam's step size for actor and temperature
     target_update_rate: float = 0.005  # how far targets move to the critics at every update
-    conservative_online: bool = False  # critics go on with CQL's loss, (4) to (6)
+    conservative_online: bool = False  # critics go on with CQL's loss, (4) to (6), at temperature 1
     eval_every: int = 1_000  # environment steps between evaluations, each of which comes with a checkpoint
     eval_episodes: int = 10  # episodes per evaluation and seed, with the deterministic action
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where training runs
@@ -884,18 +886,17 @@ def main():
     if args.evaluate:
         jobs = start_evaluation(2**31)  # episodes that no run has seen
         rows = np.reshape([job.result() for job in jobs], (-1, len(ROW)))
-        pool.shutdown()
         print(f"policies of step {first:,}: {summary(rows, args.num_seeds)}")
         return
 
+    if first == 0:
+        members = load_members(agent, obs_dim, action_dim, args)
     open_run_dir(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
     print(f"{args.num_members} members; {data.spec.id} from step {first:,} on, with a new episode")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
-    if first == 0:
-        members = load_members(agent, obs_dim, action_dim, args)
-        if num_policies < args.num_members:
-            distil(agent, members, transitions[:, :obs_dim], seeds, rows, run_dir, writer, args)
+    if first == 0 and num_policies < args.num_members:
+        distil(agent, members, transitions[:, :obs_dim], seeds, rows, run_dir, writer, args)
 
     @CudaGraph
     @torch.no_grad()
@@ -946,7 +947,6 @@ def main():
     speed = (args.online_steps - first) / (time.time() - started)
     rows = report(rows, jobs, run_dir, writer)
     writer.close()
-    pool.shutdown()
     result = summary(rows, args.num_seeds)
     print(f"{result}; {args.online_steps:,} steps, {speed:.0f}/s per seed; run folder {run_dir}")
 

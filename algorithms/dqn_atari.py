@@ -401,7 +401,7 @@ class Games:
         evaluated = [rows[rows[:, 0] == update, 3].mean() for update in np.unique(rows[:, 0])]
         description = {
             "env_id": self.args.env_id,
-            "random": total / max(1, num_episodes),
+            "random": total / num_episodes if num_episodes else np.nan,
             "dqn": max(evaluated, default=np.nan),
         }
         path = Path(self.args.save_replay, "replay.json")
@@ -583,8 +583,7 @@ def main():
     first = 0
     if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
         rows, first = load(run_dir / "checkpoint.pt", agent)
-    if first > args.num_steps:
-        sys.exit(f"error: {run_dir} has {first} steps already; give a larger --num-steps")
+        args.num_steps = max(args.num_steps, first)
     num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
 
@@ -597,16 +596,18 @@ def main():
         jobs = start_evaluation(2**31)  # episodes that no run has seen
         rows = np.reshape([job.result() for job in jobs], (-1, len(ATARI_ROW)))
         print(f"policies of step {first:,}: {atari_summary(rows, args.num_seeds)}")
-        pool.shutdown()
         return
 
-    if args.save_replay and not args.resume and Path(args.save_replay).exists():
-        sys.exit(f"error: {args.save_replay} is there already; give another folder to write to")
+    if args.save_replay:  # made now, so that no other run takes it
+        os.makedirs(args.save_replay, exist_ok=bool(args.resume))
+        args.save_replay = os.path.abspath(args.save_replay)
     open_run_dir(run_dir, args)
     games = Games(envs, agent, args, first)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
-    print(f"{args.env_id} from step {first:,} on, with a new episode")
-    print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
+    print(
+        f"{args.env_id} from step {first:,} on, with a new episode\n"
+        f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}"
+    )
 
     @CudaGraph
     @torch.no_grad()
@@ -624,7 +625,7 @@ def main():
         jobs = start_evaluation(first)  # the one that was under way
     metrics = {}
     started = time.time()
-    for step in tqdm(range(first, args.num_steps), mininterval=1):
+    for step in tqdm(range(first, args.num_steps)):
         # act, at random with probability epsilon
         action = act(torch.from_numpy(games.obs).to(args.device)).cpu().numpy()
         for s, generator in enumerate(random_generators(seeds, EXPLORATION, step)):
@@ -657,7 +658,6 @@ def main():
     speed = (args.num_steps - first) / (time.time() - started)
     rows = atari_report(rows, jobs, run_dir, writer)
     writer.close()
-    pool.shutdown()
     if args.save_replay:
         games.save_rest(rows)
     result = atari_summary(rows, args.num_seeds)

@@ -81,7 +81,7 @@ DRAWS = 1
 EVALUATION = 2
 FILES = 4
 
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
+NAME = re.compile(r"(.*?)(?::(0\.\d*[1-9]\d*|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Args:
     channels: tuple[int, int, int] = (32, 64, 64)  # of the three convolutions
     hidden_size: int = 512  # width of the layer behind them
     padding: Literal["same", "valid"] = "same"  # same: the REM code's; valid: the Nature article's
-    num_heads: int = 200  # quantiles of the return per action
+    num_quantiles: int = 200  # quantiles of the return per action
     learning_rate: float = 5e-5  # Adam's step size
     adam_eps: float = 0.01 / 32  # Adam's epsilon
     gamma: float = 0.99  # discount factor
@@ -253,7 +253,7 @@ class Agent(nn.Module):
         # one generator per seed, so that its weights do not depend on its neighbours
         generators = [torch.Generator().manual_seed(args.seed + s) for s in range(args.num_seeds)]
         init = fan_in_scaled_uniform
-        self.network = NatureNetwork(num_actions, args.num_heads, init, generators, args)
+        self.network = NatureNetwork(num_actions, args.num_quantiles, init, generators, args)
         self.target_network = copy.deepcopy(self.network).requires_grad_(False)
         self.to(args.device)
         adam = TensorFlowAdam(list(self.network.parameters()), args.learning_rate, args.adam_eps)
@@ -346,12 +346,12 @@ def read_file(folder, number):
     action = read("$store$_action")
     num_rows = add_count % len(action) or min(add_count, len(action))
     action = action[:num_rows]
-    reward = read("$store$_reward")[:num_rows].clip(-1, 1)
+    reward = read("$store$_reward")[:num_rows]
     terminal = read("$store$_terminal")[:num_rows].astype(bool)
     if not (np.isfinite(reward) & (0 <= action) & (action < 18)).all():
-        sys.exit(f"error: file {number} in {folder} has NaN as reward, or actions of no game")
+        sys.exit(f"error: file {number} in {folder} has rewards that are not finite, or actions of no game")
     path = folder / f"$store$_observation_ckpt.{number}.gz"
-    return ReplayFile(path, action, reward, terminal, valid_rows(terminal))
+    return ReplayFile(path, action, reward.clip(-1, 1), terminal, valid_rows(terminal))
 
 
 def load_replay(args):
@@ -664,6 +664,7 @@ def main():
     first = 0
     if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
         rows, first = load(run_dir / "checkpoint.pt", agent)
+        args.num_updates = max(args.num_updates, first)
     num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
 
@@ -676,7 +677,6 @@ def main():
         jobs = start_evaluation(2**31)  # episodes that no run has seen
         rows = np.reshape([job.result() for job in jobs], (-1, len(ATARI_ROW)))
         print(f"policies of update {first:,}: {atari_summary(rows, args.num_seeds)}")
-        pool.shutdown()
         return
 
     replay = LoggedFrames(files, args, first)
@@ -722,7 +722,6 @@ def main():
     speed = (args.num_updates - first) / (time.time() - started)
     rows = atari_report(rows, jobs, run_dir, writer)
     writer.close()
-    pool.shutdown()
     result = atari_summary(rows, args.num_seeds)
     print(f"{result}; {args.num_updates:,} updates, {speed:.0f}/s per seed; run folder {run_dir}")
 

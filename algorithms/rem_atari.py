@@ -80,7 +80,7 @@ CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays 
 # Purposes start at 1, because numpy takes (s, u, 0) for (s, u)
 DRAWS = 1
 EVALUATION = 2
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
+NAME = re.compile(r"(.*?)(?::(0\.\d*[1-9]\d*|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 FILES = 4
 MIXTURES = 5
 
@@ -354,12 +354,12 @@ def read_file(folder, number):
     action = read("$store$_action")
     num_rows = add_count % len(action) or min(add_count, len(action))
     action = action[:num_rows]
-    reward = read("$store$_reward")[:num_rows].clip(-1, 1)
+    reward = read("$store$_reward")[:num_rows]
     terminal = read("$store$_terminal")[:num_rows].astype(bool)
     if not (np.isfinite(reward) & (0 <= action) & (action < 18)).all():
-        sys.exit(f"error: file {number} in {folder} has NaN as reward, or actions of no game")
+        sys.exit(f"error: file {number} in {folder} has rewards that are not finite, or actions of no game")
     path = folder / f"$store$_observation_ckpt.{number}.gz"
-    return ReplayFile(path, action, reward, terminal, valid_rows(terminal))
+    return ReplayFile(path, action, reward.clip(-1, 1), terminal, valid_rows(terminal))
 
 
 def load_replay(args):
@@ -672,6 +672,7 @@ def main():
     first = 0
     if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
         rows, first = load(run_dir / "checkpoint.pt", agent)
+        args.num_updates = max(args.num_updates, first)
     num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
 
@@ -684,7 +685,6 @@ def main():
         jobs = start_evaluation(2**31)  # episodes that no run has seen
         rows = np.reshape([job.result() for job in jobs], (-1, len(ATARI_ROW)))
         print(f"policies of update {first:,}: {atari_summary(rows, args.num_seeds)}")
-        pool.shutdown()
         return
 
     replay = LoggedFrames(files, args, first)
@@ -731,7 +731,6 @@ def main():
     speed = (args.num_updates - first) / (time.time() - started)
     rows = atari_report(rows, jobs, run_dir, writer)
     writer.close()
-    pool.shutdown()
     result = atari_summary(rows, args.num_seeds)
     print(f"{result}; {args.num_updates:,} updates, {speed:.0f}/s per seed; run folder {run_dir}")
 

@@ -416,7 +416,7 @@ class Games:
         evaluated = [rows[rows[:, 0] == update, 3].mean() for update in np.unique(rows[:, 0])]
         description = {
             "env_id": self.args.env_id,
-            "random": total / max(1, num_episodes),
+            "random": total / num_episodes if num_episodes else np.nan,
             "dqn": max(evaluated, default=np.nan),
         }
         path = Path(self.args.save_replay, "replay.json")
@@ -613,13 +613,16 @@ def main():
         print(f"policies of step {first:,}: {atari_summary(rows, args.num_seeds)}")
         return
 
-    if args.save_replay and not args.resume and Path(args.save_replay).exists():
-        sys.exit(f"error: {args.save_replay} is there already; give another folder to write to")
+    if args.save_replay:  # made now, so that no other run takes it
+        os.makedirs(args.save_replay, exist_ok=bool(args.resume))
+        args.save_replay = os.path.abspath(args.save_replay)
     open_run_dir(run_dir, args)
     games = Games(envs, agent, args, first)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
-    print(f"{args.env_id} from step {first:,} on, with a new episode")
-    print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
+    print(
+        f"{args.env_id} from step {first:,} on, with a new episode\n"
+        f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}"
+    )
 
     @CudaGraph
     @torch.no_grad()
@@ -639,7 +642,7 @@ def main():
     metrics = {}
     mixtures = random_mixtures(random_generators(seeds, EXPLORATION, first), args)  # of the episodes under way
     started = time.time()
-    for step in tqdm(range(first, args.num_steps), mininterval=1):
+    for step in tqdm(range(first, args.num_steps)):
         # act by the first of the episode's mixtures, at random with probability epsilon
         action = act(torch.from_numpy(games.obs).to(args.device), mixtures).cpu().numpy()
         generators = random_generators(seeds, DRAWS, step)

@@ -572,8 +572,7 @@ def main():
     first = 0
     if args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists()):
         rows, first = load(run_dir / "checkpoint.pt", agent)
-    if first > args.num_steps:
-        sys.exit(f"error: {run_dir} has {first} steps already; give a larger --num-steps")
+        args.num_steps = max(args.num_steps, first)
     num_workers = max(1, torch.get_num_threads() - 1)  # knows what a job may use, unlike cpu_count
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
     if args.capture_video:
@@ -587,7 +586,6 @@ def main():
     if args.evaluate:
         jobs = start_evaluation(2**31)  # episodes that no run has seen
         rows = np.reshape([job.result() for job in jobs], (-1, len(ROW)))
-        pool.shutdown()
         print(f"policies of step {first:,}: {summary(rows, args.num_seeds)}")
         return
 
@@ -650,7 +648,6 @@ def main():
     speed = (args.num_steps - first) / (time.time() - started)
     rows = report(rows, jobs, run_dir, writer)
     writer.close()
-    pool.shutdown()
     if args.save_replay:
         save_minari(args.save_replay, agent.replay, widths, spec, references, args.replay_transitions)
     if args.save_rollouts:

@@ -73,7 +73,7 @@ CHUNK = 20  # updates whose batches are drawn together, and which a GPU replays 
 # Purposes start at 1, because numpy takes (s, u, 0) for (s, u)
 DRAWS = 1
 EVALUATION = 2
-NAME = re.compile(r"(.*?)(?::(0\.\d+|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
+NAME = re.compile(r"(.*?)(?::(0\.\d*[1-9]\d*|1\.0))?")  # of a dataset: `ID:0.1` is ID and the share 0.1
 POLICY_STD = 0.2  # of every action, in every state
 NOISE_CLIP = 1.5  # standard deviations, 0.3: bound of the policy's noise where critics bootstrap
 
@@ -94,7 +94,7 @@ class Args:
     env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: the data's
     seed: int = 0  # first seed; agent s uses seed + s
     num_seeds: int = 1  # agents trained side by side in one batched computation
-    preset: Literal["small", "antmaze", "locomotion", "locomotion-0.1"] = "small"  # of the next four flags
+    preset: Literal["small", "antmaze", "locomotion", "locomotion-0.1"] = "small"  # of the next four, at the start
     architecture: Literal["simple-small", "simple-large", "modern"] | None = None  # networks of Table 7
     num_critics: int | None = None  # critics in the ensemble
     pessimism: float | None = None  # lambda: how far Q_bar is below the mean; 0.5 of 2 critics: their minimum

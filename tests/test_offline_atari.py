@@ -28,7 +28,7 @@ VARIANTS = [
 
 A = 3  # actions of the small agents below
 SMALL = {"channels": (2, 3, 2), "hidden_size": 5, "batch_size": 3, "device": "cpu"}
-HEADS = {"ensemble_dqn_atari": {"num_heads": 4}, "qrdqn_atari": {"num_heads": 4}}
+HEADS = {"ensemble_dqn_atari": {"num_heads": 4}, "qrdqn_atari": {"num_quantiles": 4}}
 
 
 def make_agent(script, spread=None, **flags):
@@ -66,8 +66,9 @@ def set_constant(network, values):
 
 def loss_of(script, values, target_values, batch, gamma=0.5, **flags):
     """The loss of an update where the network returns values (A, K) everywhere, its target target_values."""
-    if script != "offline_dqn_atari":
-        flags["num_atoms" if script == "c51_atari" else "num_heads"] = len(values[0])
+    names = {"c51_atari": "num_atoms", "qrdqn_atari": "num_quantiles", "ensemble_dqn_atari": "num_heads"}
+    if script in names:
+        flags[names[script]] = len(values[0])
     args, agent = make_agent(script, gamma=gamma, **flags)
     set_constant(agent.network, values)
     set_constant(agent.target_network, target_values)
@@ -88,7 +89,7 @@ def test_defaults(script):
     expected |= {
         "offline_dqn_atari": {"optimizer": "adam", "learning_rate": 5e-5, "optimizer_eps": 3.125e-4},
         "ensemble_dqn_atari": {"num_heads": 200, "averaged_target": False, "learning_rate": 5e-5, "adam_eps": 3.125e-4},
-        "qrdqn_atari": {"num_heads": 200, "learning_rate": 5e-5, "adam_eps": 3.125e-4},
+        "qrdqn_atari": {"num_quantiles": 200, "learning_rate": 5e-5, "adam_eps": 3.125e-4},
         "c51_atari": {"num_atoms": 51, "v_max": 10.0, "learning_rate": 2.5e-4, "adam_eps": 3.125e-4},
     }[script]
     assert {name: args[name] for name in expected} == expected
@@ -313,10 +314,9 @@ def test_what_a_run_feeds_to_an_update(monkeypatch, tmp_path, script):
         return metrics
 
     monkeypatch.setattr(module, "update", recording)
-    monkeypatch.setattr(harness.Pool, "shutdown", lambda pool: None, raising=False)
     flags = "--channels 2 3 2 --hidden-size 8 --batch-size 4 --padding valid --device cpu --dataset atari/catch"
     flags += " --env-id catch:Catch-v0 --num-seeds 2 --target-every 40 --eval-every 60 --log-every 20 --eval-episodes 2"
-    flags = flags.split() + ["--num-heads", 4] * (script in HEADS)
+    flags = flags.split() + [f"--{name.replace('_', '-')}=4" for name in HEADS.get(script, ())]
     harness.run_main(script, *flags, "--num-updates", 120, "--run-dir", tmp_path / "whole")
     args = module.Args(dataset=("atari/catch",), batch_size=4, num_updates=120, device="cpu")
     replay = module.LoggedFrames(module.load_replay(args)[0], args, 0)
