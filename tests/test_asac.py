@@ -9,6 +9,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import Learner, adams_with, assert_goes_on, forward, four_states, pessimistic, random_columns, randomize
 
 asac = harness.load("asac")
 update = asac.update
@@ -20,14 +21,6 @@ INF = math.inf
 
 def make_args(**flags):
     return asac.Args(**{"hidden_sizes": (16, 16), "device": "cpu", **flags})
-
-
-def make_columns():
-    """Random obs, action, reward, next_obs, not_terminated of 60 transitions, in float64."""
-    rng = np.random.default_rng(0)
-    obs, next_obs = rng.normal(size=(2, 60, OBS_DIM))
-    action = rng.uniform(-1, 1, size=(60, ACTION_DIM))
-    return [torch.from_numpy(x) for x in (obs, action, rng.normal(size=60), next_obs, 1.0 * (rng.random(60) > 0.25))]
 
 
 def batches(columns, index):
@@ -172,46 +165,13 @@ def test_numbers_are_a_function_of_seed_and_update():
 
 
 # The update ---------------------------------------------------------------------------------------
-def copies(net, s, S):
-    """Seed s's share of a network's parameters."""
-    return [x.detach().chunk(S)[s].clone().requires_grad_() for x in net.parameters()]
-
-
-def forward(layers, *inputs):
-    """Inputs (B, ...) side by side -> (networks, B, out); layers: all weights, then all biases."""
-    depth = len(layers) // 2
-    x = torch.cat(inputs, 1) @ layers[0] + layers[depth]
-    for i in range(1, depth):
-        x = x.clamp(min=0) @ layers[i] + layers[depth + i]
-    return x
-
-
-def pessimistic(q, pessimism):
-    """Q_bar (B,) of q (C, B, 1), by its definition."""
-    C = len(q)
-    penalty = sum((q[i] - q[j]).abs() for i in range(C) for j in range(C)) / (C**2 - C)
-    return (q.mean(0) - pessimism * penalty).squeeze(1)
-
-
-class Reference:
+class Reference(Learner):
     """One seed of ASAC, written from the equations, with Adam by hand."""
 
     def __init__(self, agent, s, args):
-        self.args = args
-        self.num_updates = 0
-        self.moments = {}
+        super().__init__(agent, s, args)
+        self.nets.pop("tree")
         self.logits = {}
-        nets = {"actor": agent.actor, "critic": agent.critic, "target": agent.target_critic}
-        self.nets = {name: copies(net, s, args.num_seeds) for name, net in nets.items()}
-
-    def minimize(self, loss, name):
-        for x, gradient in zip(self.nets[name], torch.autograd.grad(loss, self.nets[name])):
-            first, second = self.moments.get(x, (0, 0))
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[x] = first, second
-            scale = (second / (1 - 0.999**self.num_updates)) ** 0.5 + 1
-            x.data -= self.args.learning_rate * first / (1 - 0.9**self.num_updates) / scale
 
     def mean(self, obs):
         return forward(self.nets["actor"], obs)[0].tanh()
@@ -219,19 +179,17 @@ class Reference:
     def update(self, obs, action, reward, next_obs, not_terminated, both_obs, both_action, index, noise):
         """What the script logs of this seed."""
         args = self.args
-        self.num_updates += 1
         B = len(obs)
         next_action = (self.mean(next_obs) + (0.2 * noise[:B]).clamp(-0.3, 0.3)).clamp(-1, 1).detach()
-        next_q = pessimistic(forward(self.nets["target"], next_obs, next_action), args.pessimism).detach()
+        next_q = pessimistic(forward(self.nets["target_critic"], next_obs, next_action), args.pessimism).detach()
         q = forward(self.nets["critic"], obs, action).squeeze(2)  # (C, B)
         critic_loss = ((q - reward - args.gamma * not_terminated * next_q) ** 2).mean(1).sum() / 2
-        self.minimize(critic_loss, "critic")
+        self.minimize(critic=critic_loss)
 
         policy = torch.distributions.Normal(self.mean(both_obs[B:]), 0.2)
         actor_loss = -policy.log_prob(both_action[B:]).sum(1).mean()
-        self.minimize(actor_loss, "actor")
-        for target, online in zip(self.nets["target"], self.nets["critic"]):
-            target.data += args.target_update_rate * (online.data - target.data)
+        self.minimize(actor=actor_loss)
+        self.move_targets("critic")
 
         policy_action = (self.mean(both_obs) + 0.2 * noise[B:]).clamp(-1, 1)
         policy_q = pessimistic(forward(self.nets["critic"], both_obs, policy_action), args.pessimism)
@@ -249,13 +207,10 @@ def test_updates_against_float64():
         num_seeds=2, num_critics=3, learning_rate=2**-4, target_update_rate=0.25, gamma=0.875, pessimism=0.75, beta=0.5
     )
     agent = asac.Agent(OBS_DIM, ACTION_DIM, 60, args).double()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in itertools.chain(*[net.parameters() for net in (agent.actor, agent.critic, agent.target_critic)]):
-        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    for optimizer in agent.optimizers.values():
-        optimizer.param_groups[0]["eps"] = 1
+    randomize(torch.nn.ModuleList([agent.actor, agent.critic, agent.target_critic]), 0.5)
+    adams_with(agent, eps=1)
     references = [Reference(agent, s, args) for s in range(2)]
-    columns = make_columns()
+    columns = random_columns()
     rng = np.random.default_rng(0)
     for _ in range(3):
         index = torch.from_numpy(rng.integers(50, size=(2, 48)))  # many twice
@@ -267,9 +222,7 @@ def test_updates_against_float64():
             assert logged == pytest.approx(reference.update(*[x[s] for x in inputs]), rel=1e-9)
     assert not any(x.requires_grad for x in metrics.values())
     for s, reference in enumerate(references):
-        for net, name in ((agent.actor, "actor"), (agent.critic, "critic"), (agent.target_critic, "target")):
-            for x, y in zip(copies(net, s, 2), reference.nets[name]):
-                torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+        reference.assert_same(agent, s, atol=1e-9)
         leaves = torch.tensor([reference.logits.get(i, 0) for i in range(60)], dtype=torch.float64)
         torch.testing.assert_close(agent.tree.levels[0][s], leaves, rtol=0, atol=1e-7)
 
@@ -278,7 +231,7 @@ def test_updates_against_float64():
 @pytest.mark.parametrize("transform, shift", [("shift", -1), ("none", 0)])
 def test_what_the_learner_sees(monkeypatch, tmp_path, transform, shift):
     """The critics' batch is even, the actor's from the tree as it was; both are where `index` says."""
-    obs, action, reward, next_obs, not_terminated = [x.numpy() for x in make_columns()]
+    obs, action, reward, next_obs, not_terminated = [x.numpy() for x in random_columns()]
     ends = np.array([30.0, 3.0]), np.array([40, 20])
     data = asac.Data(obs, action, reward, next_obs, not_terminated < 1, *ends, None, (math.nan, math.nan))
     calls = []
@@ -322,24 +275,11 @@ def test_presets():
 def test_a_chain_of_four_states(flags):
     """Its end pays 5, a step costs 0.1. Most of the data quits, for 0.5 at once, and so does who clones it, who
     flips the advantage, who sees the next reward only. ASAC goes on."""
-    rng = np.random.default_rng(0)
-    eye = np.eye(4)
-    state = rng.integers(4, size=3000)
-    go = rng.random(3000) < 0.3
-    action = np.where(go, 0.5, -0.5) + 0.1 * rng.normal(size=3000)
-    reward = np.where(go, np.where(state == 3, 5, -0.1), 0.5)
-    terminated = ~go | (state == 3)
-    next_state = np.where(terminated, 3, state + 1)  # ends look like the best state, lest anyone bootstrap
-    columns = eye[state], action[:, None], reward, eye[next_state], ~terminated
-    columns = [torch.from_numpy(np.float32(column)) for column in columns]
+    columns = four_states()
     args = make_args(num_seeds=3, learning_rate=3e-3, target_update_rate=0.05, **{"beta": 0.5, **flags})
     agent = asac.Agent(4, 1, 3000, args)
     for step in range(0, 600, asac.CHUNK):
         for u, noise in zip(*asac.draw_numbers(range(3), step, 128, 0, 1, "cpu")):
             index = torch.cat([(u[..., 0] * 3000).long(), agent.tree.draw(u[..., 1:])], 1)
             update(agent, *batches(columns, index), noise, args)
-    goes_on = agent.actor(torch.eye(4).expand(3, -1, -1)) > 0  # (S, states, 1)
-    if flags:
-        assert not goes_on[:, :3].any()
-    else:
-        assert goes_on.all()
+    assert_goes_on(agent.actor, right=not flags)

@@ -1,14 +1,12 @@
 """The mathematics of bcq.py against what shares no code with it: torch.distributions, whole updates in float64 with
-one candidate at a time, an environment that keeps a log of its own. Replay and Environments are tested in test_sac.py,
-random numbers in test_awac.py."""
+one candidate at a time. Replay and Environments are tested in test_sac.py, random numbers in test_awac.py, its two
+stages in test_stages.py."""
 
-import math
-
-import gymnasium as gym
 import harness
 import numpy as np
 import pytest
 import torch
+from reference import Learner, adams_with, forward, random_columns, randomize
 from torch.distributions import Normal, kl_divergence
 
 bcq = harness.load("bcq")
@@ -29,55 +27,23 @@ def make_agent(args, size=0.6):
     """An agent in float64 of random numbers of this size, so that targets differ from online networks. With 1 for
     Adam's eps, its steps tell a mean from a sum too."""
     agent = bcq.Agent(OBS_DIM, ACTION_DIM, args).double()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    for optimizer in agent.optimizers.values():
-        optimizer.param_groups[0]["eps"] = 1
+    randomize(agent, size)
+    adams_with(agent, eps=1)
     return agent
 
 
-def make_columns():
-    """Random obs, action, reward, next_obs, not_terminated of 60 transitions, in float64."""
-    rng = np.random.default_rng(0)
-    obs, next_obs = rng.normal(size=(2, 60, OBS_DIM))
-    action = rng.uniform(-1, 1, size=(60, ACTION_DIM))
-    return [torch.from_numpy(x) for x in (obs, action, rng.normal(size=60), next_obs, 1.0 * (rng.random(60) > 0.25))]
-
-
 # The update, the policy ---------------------------------------------------------------------------
-def forward(layers, *inputs):
-    """Inputs (B, ...) side by side -> (B, out); layers: all weights, then all biases."""
-    depth = len(layers) // 2
-    x = torch.cat(inputs, 1) @ layers[0] + layers[depth]
-    for i in range(1, depth):
-        x = x.clamp(min=0) @ layers[i] + layers[depth + i]
-    return x
-
-
-class Reference:
+class Reference(Learner):
     """One seed of BCQ, written from the equations, one candidate at a time, with Adam by hand."""
 
     def __init__(self, agent, s, args):
-        self.args = args
-        self.num_updates = 0
-        self.moments = {}
+        super().__init__(agent, s, args)
         self.seen = {name: [] for name in ("log_std", "z", "moved", "best", "gap")}
         modules = agent.vae.encoder, agent.vae.decoder, agent.perturbation.net, agent.target_perturbation.net
         self.modules = {name: (net, s) for name, net in zip(("encoder", "decoder", "xi", "target_xi"), modules)}
         for c in range(2):
             self.modules |= {f"q{c}": (agent.critic, 2 * s + c), f"target_q{c}": (agent.target_critic, 2 * s + c)}
         self.nets = {k: [x[i].detach().clone() for x in net.parameters()] for k, (net, i) in self.modules.items()}
-
-    def minimize(self, loss, *names):
-        parameters = [x for name in names for x in self.nets[name]]
-        for x, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-            first, second = self.moments.get(x, (0, 0))
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[x] = first, second
-            scale = (second / (1 - 0.999**self.num_updates)) ** 0.5 + 1
-            x.data -= self.args.learning_rate * first / (1 - 0.9**self.num_updates) / scale
 
     def act(self, xi, obs, z):
         """pi(s, z), (2)."""
@@ -90,7 +56,6 @@ class Reference:
     def update(self, obs, action, reward, next_obs, not_terminated, noise):
         """What the script logs of this seed."""
         args = self.args
-        self.num_updates += 1
         for layer in sum(self.nets.values(), []):
             layer.requires_grad_()
         noise = noise.unflatten(0, (K + 2, len(obs)))
@@ -100,7 +65,8 @@ class Reference:
         rebuilt = forward(self.nets["decoder"], obs, posterior.mean + posterior.stddev * noise[0]).tanh()
         squared_error = ((rebuilt - action) ** 2).mean()
         kl = kl_divergence(posterior, Normal(0.0, 1.0)).mean()
-        self.minimize(squared_error + 0.5 * kl, "encoder", "decoder")
+        vae_loss = squared_error + 0.5 * kl
+        self.minimize(encoder=vae_loss, decoder=vae_loss)
 
         values = []
         for z in noise[1:-1]:
@@ -113,14 +79,12 @@ class Reference:
         y = torch.where(not_terminated > 0, reward + args.gamma * best.values, reward)
         q = torch.stack([forward(self.nets[f"q{c}"], obs, action)[:, 0] for c in range(2)])
         critic_loss = ((q - y) ** 2).mean(1).sum()
-        self.minimize(critic_loss, "q0", "q1")
+        self.minimize(q0=critic_loss, q1=critic_loss)
 
         policy_action = self.act("xi", obs, noise[-1])
         actor_loss = -forward(self.nets["q0"], obs, policy_action).mean()
-        self.minimize(actor_loss, "xi")
-        for name in ("q0", "q1", "xi"):
-            for target, online in zip(self.nets[f"target_{name}"], self.nets[name]):
-                target.data += args.target_update_rate * (online.data - target.data)
+        self.minimize(xi=actor_loss)
+        self.move_targets("q0", "q1", "xi")
         logs = {"reconstruction": squared_error, "kl": kl, "critic": critic_loss, "actor": actor_loss}
         return {f"loss/{name}": x.item() for name, x in logs.items()} | {"value/q": q.mean().item()}
 
@@ -131,7 +95,7 @@ def test_updates_against_float64():
                      min_weight=0.7)  # fmt: skip
     agent = make_agent(args)
     references = [Reference(agent, s, args) for s in range(2)]
-    columns = make_columns()
+    columns = random_columns()
     rng = np.random.default_rng(0)
     for _ in range(4):
         index = rng.integers(60, size=(2, 24))
@@ -195,133 +159,9 @@ def test_the_policy_against_a_loop():
     assert numbers.shape == (2, 2, 7, LATENT_DIM) and len(numbers.unique()) == numbers.numel()
 
 
-# Both stages --------------------------------------------------------------------------------------
-class LoggedEnv(gym.Env):
-    """Actions between -2 and 3 and -1 and 0; every third episode ends in step 5, the rest at a limit of 7 steps.
-    `logs` has a list per environment of its steps, obs, action, reward, next_obs, not terminated side by side."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
-    action_space = gym.spaces.Box(np.float32([-2, -1]), np.float32([3, 0]))
-    logs = []
-
-    def __init__(self):
-        self.log = []
-        self.episode = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if self.episode == 0:
-            LoggedEnv.logs.append(self.log)
-        self.episode += 1
-        self.obs = np.float32([self.episode, 0, *self.np_random.normal(size=OBS_DIM - 2)])
-        return self.obs.copy(), {}
-
-    def step(self, action):
-        before = self.obs
-        self.obs = before + np.float32([0, 1, *action])
-        reward = float(action[0] - 2 * action[1])
-        terminated = bool(self.episode % 3 == 0 and self.obs[1] == 5)
-        self.log.append(np.hstack([before, action * [0.4, 2] + [-0.2, 1], reward, self.obs, 1 - terminated]))
-        return self.obs.copy(), reward, terminated, False, {}
-
-
-gym.register("LoggedBCQ-v0", f"{__name__}:LoggedEnv", max_episode_steps=7)
-
-
-@pytest.fixture
-def main(monkeypatch, tmp_path):
-    """main(*flags): a run on random data; returns what update() saw, and how often each of its graphs was called.
-    Evaluations are of no length."""
-    obs, action, reward, next_obs, not_terminated = [x.numpy() for x in make_columns()]
-    ends = np.array([30.0, 3.0]), np.array([40, 20])
-    ends += gym.spec("LoggedBCQ-v0"), (math.nan, math.nan)
-    data = bcq.Data(obs, action, reward, next_obs, not_terminated < 1, *ends)
-    seen = []
-    calls = []
-
-    def recorder(agent, *inputs):
-        seen.append([x.numpy().copy() for x in inputs[:-1]])
-        return update(agent, *inputs)
-
-    class Counted(bcq.CudaGraph):
-        def __call__(self, *inputs):
-            calls.append(id(self))
-            return super().__call__(*inputs)
-
-    monkeypatch.setattr(bcq, "update", recorder)
-    monkeypatch.setattr(bcq, "CudaGraph", Counted)
-    monkeypatch.setattr(bcq, "load_data", lambda args: data)
-    monkeypatch.setattr(bcq, "run_episode", lambda *job: np.zeros((len(job[4]), 6)))
-
-    def call(*flags):
-        seen.clear()
-        calls.clear()
-        LoggedEnv.logs.clear()
-        harness.run_main("bcq", *flags)
-        return [np.stack(x) for x in zip(*seen)], {i: calls.count(i) for i in calls}
-
-    call.data = obs, action, reward, next_obs, not_terminated
-    return call
-
-
-FLAGS = "--hidden-sizes 8 --vae-hidden-sizes 8 --batch-size 32 --num-candidates 5 --num-next-actions 3 --device cpu"
-FLAGS = *FLAGS.split(), "--num-updates", 40, "--eval-every", 20, "--eval-episodes", 1, "--num-seeds", 2
-
-
-def test_what_each_stage_learns_from(main, tmp_path):
-    """Offline, batches are even over the data. Online, a step comes before each update, whose batch is even over the
-    data and the seed's own steps so far. A graph a stage."""
-    (*columns, noise), calls = main(*FLAGS, "--online-steps", 60, "--run-dir", tmp_path / "run")
-    assert list(calls.values()) == [2, 60, 60]
-    obs, action, reward, next_obs, not_terminated = main.data
-    table = [np.concatenate([x.reshape(60, -1) for x in (obs, action, reward, next_obs, not_terminated)], 1)] * 2
-    for s, log in enumerate(LoggedEnv.logs):
-        assert len(log) == 60 and 0 < sum(row[-1] == 0 for row in log) < 10
-        table[s] = np.concatenate([table[s], log])
-    rows = np.concatenate([x.reshape(100, 2, 32, -1) for x in columns], -1)
-    drawn = np.zeros((100, 2, 32), int)
-    for s in range(2):
-        distance = np.abs(rows[:, s, :, None, :OBS_DIM] - table[s][:, :OBS_DIM]).max(-1)
-        drawn[:, s] = distance.argmin(-1)
-        np.testing.assert_allclose(rows[:, s], table[s][drawn[:, s]], atol=1e-5)
-    steps = np.arange(-39, 61).clip(min=0)[:, None, None]  # so far
-    assert np.all(drawn < 60 + steps) and np.any(drawn == 59 + steps, where=steps > 0)
-    for step in range(0, 100, bcq.CHUNK):  # the first rows of the noise are for acting
-        _, expected = bcq.draw_uniforms_and_noise([0, 1], 32, (5 + 5 * 32, LATENT_DIM), "cpu", step)
-        np.testing.assert_array_equal(noise[step : step + bcq.CHUNK], expected[:, :, 5:])
-
-
-def test_first_online_action_and_resume(main, tmp_path, capsys):
-    """The first action is the best of candidates of the offline agent. A resumed run keeps its steps, begins a new
-    episode and says so; it does not go back to the offline stage."""
-    main(*FLAGS, "--online-steps", 0, "--run-dir", tmp_path / "run")
-    assert not LoggedEnv.logs
-    weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
-    args = make_args(num_seeds=2, hidden_sizes=(8,), vae_hidden_sizes=(8,))
-    agent = bcq.Agent(OBS_DIM, ACTION_DIM, args)
-    agent.load_state_dict({name: x for name, x in weights.items() if not name.startswith("replay")})
-    main("--resume", tmp_path / "run", "--online-steps", 20)
-    _, noise = bcq.draw_uniforms_and_noise([0, 1], 32, (5 + 5 * 32, LATENT_DIM), "cpu", 40)
-    for s, log in enumerate(LoggedEnv.logs):
-        obs = torch.from_numpy(np.float32(log[0][None, :OBS_DIM]))
-        candidates = [Reference(agent, s, args).act("xi", obs, z[None]) for z in noise[0, s, :5]]
-        q = [forward([x[2 * s] for x in agent.critic.parameters()], obs, a).item() for a in candidates]
-        np.testing.assert_allclose(log[0][OBS_DIM:6], candidates[np.argmax(q)][0].detach(), atol=1e-5)
-
-    before = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    capsys.readouterr()
-    _, calls = main("--resume", tmp_path / "run", "--online-steps", 60)
-    assert "from step 20 on, with a new episode" in capsys.readouterr().out and list(calls.values()) == [40, 40]
-    after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    steps = after["agent"]["replay._extra_state"]
-    assert steps.shape[1] == 60 and torch.equal(steps[:, :20], before["agent"]["replay._extra_state"])
-    assert steps[0, 20:28, 1].tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
-    for flags in (["--num-updates", 60], ["--num-updates", 20], ["--online-steps", 40]):
-        assert main("--resume", tmp_path / "run", *flags) == ([], {})
-    assert main("--resume", tmp_path / "run", "--num-updates", 60, "--online-steps", 80)[1].popitem()[1] == 20
-    for flags in ({"online_steps": 20, "eval_episodes": 0}, {"online_steps": 30}, {"min_weight": 1.5}):
-        with pytest.raises(SystemExit, match="^error: "):
-            bcq.Args(**flags)
+def test_a_share_is_a_share():
+    with pytest.raises(SystemExit, match="^error: "):
+        bcq.Args(min_weight=1.5)
 
 
 # Learning -----------------------------------------------------------------------------------------

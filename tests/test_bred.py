@@ -13,6 +13,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import assert_same_layers, linear_layers, random_batch, randomize
 from torch.distributions import Normal
 
 bred = harness.load("bred")
@@ -34,22 +35,14 @@ def make_agent(args, size=0.0):
     """An agent of random numbers of this size, so that targets and critics differ."""
     num_policies = args.num_members if args.independent else 1
     agent = bred.Agent(OBS_DIM, ACTION_DIM, args, num_policies)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    randomize(agent, size)
     agent.actor.log_std_scale.data += 1
     return agent
 
 
 def make_batch(G=1, n=0, B=32, seed=0):
     """Random obs, action, reward, next_obs, not_terminated, noise."""
-    rng = np.random.default_rng(seed)
-    obs, next_obs = rng.normal(size=(2, G, B, OBS_DIM))
-    action = rng.uniform(-1, 1, size=(G, B, ACTION_DIM))
-    reward = rng.normal(size=(G, B))
-    not_terminated = rng.random((G, B)) > 0.25
-    noise = rng.normal(size=(G, 3 * n + 2, B, ACTION_DIM))
-    return [torch.from_numpy(np.float32(x)) for x in (obs, action, reward, next_obs, not_terminated, noise)]
+    return random_batch(G, B, OBS_DIM, ACTION_DIM, (G, 3 * n + 2, B, ACTION_DIM), seed)
 
 
 # Mixture and distillation -------------------------------------------------------------------------
@@ -113,10 +106,11 @@ def test_early_stopping_of_each_seed_by_itself():
     over = [[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 1, 0], [1, 1, 1], [1, 1, 1]]
     for epoch, of_seed in enumerate(losses):
         for parameter in agent.actor.parameters():
-            parameter.data.fill_(epoch)
+            parameter.data[:] = epoch + 10 * torch.arange(3).view(3, 1, 1)  # each seed's own
         agent.keep_best(torch.tensor(of_seed, dtype=torch.float32), 2)
         for best in agent.best_actor.parameters():
-            assert torch.equal(best, torch.tensor(kept[epoch]).view(3, 1, 1).expand_as(best)), epoch
+            expected = torch.tensor(kept[epoch]) + 10 * torch.arange(3)
+            assert torch.equal(best, expected.view(3, 1, 1).expand_as(best)), epoch
         assert (agent.stale_epochs >= 2).tolist() == [bool(x) for x in over[epoch]], epoch
     assert agent.best_loss.tolist() == [1, 3, 2] and agent.num_epochs == 6
 
@@ -222,27 +216,17 @@ class Reference:
     def __init__(self, agent, g, args):
         self.args = args
         C = agent.critic.C
-        self.actor = self.network(agent.actor.net, g)
+        self.actor = linear_layers(agent.actor.net, g)
         scalars = agent.actor.log_std_scale[g], agent.actor.log_std_shift[g]
         self.scale, self.shift = [x.detach().clone().requires_grad_() for x in scalars]
-        self.critics = [self.network(agent.critic, C * g + c) for c in range(C)]
-        self.targets = [self.network(agent.target_critic, C * g + c) for c in range(C)]
+        self.critics = [linear_layers(agent.critic, C * g + c) for c in range(C)]
+        self.targets = [linear_layers(agent.target_critic, C * g + c) for c in range(C)]
         self.log_alpha = agent.log_alpha[g].detach().clone().requires_grad_()
         policy = [*self.actor.parameters(), self.scale, self.shift]
         trained = [[self.log_alpha], policy, *[x.parameters() for x in self.critics]]
         rates = [args.policy_learning_rate] * 2 + [args.learning_rate] * C
         plain = {"foreach": False, "fused": False}
         self.optimizers = [torch.optim.Adam(x, lr=rate, **plain) for x, rate in zip(trained, rates)]
-
-    @staticmethod
-    def network(mlp, i):
-        layers = []
-        for weight, bias in zip(mlp.weights, mlp.biases):
-            linear = torch.nn.Linear(*weight.shape[1:], dtype=torch.float64)
-            linear.weight.data = weight[i].detach().T.clone()
-            linear.bias.data = bias[i, 0].detach().clone()
-            layers += [linear, torch.nn.ReLU()]
-        return torch.nn.Sequential(*layers[:-1])
 
     def sample(self, obs, noise):
         mean, log_std = self.actor(obs).chunk(2, dim=1)
@@ -323,8 +307,7 @@ def test_updates_against_reference(num_members, flag):
         pairs += [(agent.critic, C * g + c, reference.critics[c]) for c in range(C)]
         pairs += [(agent.target_critic, C * g + c, reference.targets[c]) for c in range(C)]
         for mlp, i, expected in pairs:
-            for x, y in zip(Reference.network(mlp, i).parameters(), expected.parameters()):
-                torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+            assert_same_layers(mlp, i, expected, atol=1e-6)
 
 
 def test_fine_tuning_learns():

@@ -11,6 +11,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import Learner, adams_with, copies, forward, randomize
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 cql = harness.load("cql_red")
@@ -29,9 +30,7 @@ def make_args(**flags):
 def make_agent(args, size=0.0, action_dim=ACTION_DIM):
     """An agent whose parameters are random numbers of this size."""
     agent = cql.Agent(OBS, action_dim, args)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    randomize(agent, size)
     return agent
 
 
@@ -45,20 +44,6 @@ def make_batch(args, seed=0, action_dim=ACTION_DIM):
     not_terminated = rng.random((S, B)) > 0.25
     noise = rng.normal(size=(S, 3 * args.num_action_samples + 2, B, action_dim))
     return [torch.from_numpy(np.float32(x)) for x in (obs, action, reward, next_obs, not_terminated, noise)]
-
-
-def copies(net, s, S):
-    """Seed s's share of a network's parameters."""
-    return [x.detach().chunk(S)[s].clone().requires_grad_() for x in net.parameters()]
-
-
-def forward(layers, x):
-    """x (B, in) -> (networks, B, out); layers: all weights, then all biases."""
-    depth = len(layers) // 2
-    x = x @ layers[0] + layers[depth]
-    for i in range(1, depth):
-        x = x.clamp(min=0) @ layers[i] + layers[depth + i]
-    return x
 
 
 # Noise and networks -------------------------------------------------------------------------------
@@ -162,24 +147,15 @@ def test_penalty_by_hand():
         assert penalty_of(7.0, [7.0] * 30, [-dims * math.log(2)] * 20, dims) == pytest.approx(penalty, abs=1e-5)
 
 
-class Reference:
+class Reference(Learner):
     """One seed of CQL, written from the equations, one action at a time, with Adam by hand."""
 
     def __init__(self, agent, s, args, eps):
-        self.args, self.eps = args, eps
-        self.num_updates = 0
-        self.moments = {}
-        self.nets = {x: copies(getattr(agent, x), s, args.num_seeds) for x in ("actor", "critic", "target_critic")}
+        super().__init__(agent, s, args, eps)
         self.nets["log_alpha"] = [agent.log_alpha.detach()[s].clone().requires_grad_()]
 
-    def step(self, name, gradients, rate):
-        for x, gradient in zip(self.nets[name], gradients):
-            first, second = self.moments.get(x, (0, 0))
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[x] = first, second
-            scale = (second / (1 - 0.999**self.num_updates)) ** 0.5 + self.eps
-            x.data -= rate * first / (1 - 0.9**self.num_updates) / scale
+    def rate(self, name):
+        return self.args.learning_rate if name == "critic" else self.args.policy_learning_rate
 
     def sample(self, obs, noise):
         """Actions and their log-probabilities, a pair for each row of noise."""
@@ -195,12 +171,11 @@ class Reference:
             yield action, TransformedDistribution(normal, [tanh]).log_prob(action)
 
     def q(self, obs, action, name="critic"):
-        return forward(self.nets[name], torch.cat([obs, action], 1)).squeeze(2)  # (C, B)
+        return forward(self.nets[name], obs, action).squeeze(2)  # (C, B)
 
     def update(self, obs, action, reward, next_obs, not_terminated, noise):
         """What the script logs of this seed."""
         args = self.args
-        self.num_updates += 1
         if args.normalize_obs:
             mean, std = torch.from_numpy(np.float32([OBS.mean(0), OBS.std(0) + 0.001])).double()
             obs, next_obs = (obs - mean) / std, (next_obs - mean) / std
@@ -230,12 +205,8 @@ class Reference:
             soft_sum = soft_sum + torch.exp(q / args.cql_temperature)
         penalty = torch.mean(args.cql_temperature * soft_sum.log() - logged_q, 1).sum()
 
-        losses = {"log_alpha": alpha_loss, "actor": actor_loss, "critic": bellman_error + args.cql_alpha * penalty}
-        gradients = {x: torch.autograd.grad(loss, self.nets[x], retain_graph=True) for x, loss in losses.items()}
-        for name, gradient in gradients.items():  # all of them at the same old parameters
-            self.step(name, gradient, args.learning_rate if name == "critic" else args.policy_learning_rate)
-        for target, online in zip(self.nets["target_critic"], self.nets["critic"]):
-            target.data += args.target_update_rate * (online.data - target.data)
+        self.minimize(log_alpha=alpha_loss, actor=actor_loss, critic=bellman_error + args.cql_alpha * penalty)
+        self.move_targets("critic")
 
         assert 0 < (policy_q[0] < policy_q[1]).sum() < len(obs)  # either critic is the smaller one somewhere
         logged = {"loss/actor": actor_loss, "loss/bellman_error": bellman_error, "loss/conservative_penalty": penalty}
@@ -255,9 +226,7 @@ def test_updates_against_float64(importance, temperature, normalize, eps):
     agent = make_agent(args, size=0.4).double()
     agent.actor.log_std_scale.data[:, 0, 0] = torch.tensor([3.0, -3.0])
     agent.actor.log_std_shift.data[:, 0, 0] = torch.tensor([-20.0, 2.0])  # the bounds of log std
-    if eps == 1:
-        for optimizer in agent.optimizers.values():
-            optimizer.param_groups[0]["eps"] = eps
+    adams_with(agent, eps)
     references = [Reference(agent, s, args, eps) for s in range(2)]
     for n in range(3):
         batch = [column.double() for column in make_batch(args, seed=n)]

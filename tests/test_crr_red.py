@@ -7,6 +7,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import Learner, adams_with, forward, random_batch, randomize
 
 crr = harness.load("crr_red")
 update = crr.update
@@ -22,22 +23,13 @@ def make_args(**flags):
 def make_agent(args, size=0.0):
     """An agent of random numbers of this size, targets apart from their networks."""
     agent = crr.Agent(OBS_DIM, ACTION_DIM, args)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    randomize(agent, size)
     return agent
 
 
 def make_batch(S=1, B=32, m=4, seed=0):
     """Random obs, action, reward, next_obs, not_terminated, noise."""
-    rng = np.random.default_rng(seed)
-    obs, next_obs = rng.normal(size=(2, S, B, OBS_DIM))
-    action = rng.uniform(-1, 1, size=(S, B, ACTION_DIM))
-    reward = rng.normal(size=(S, B))
-    not_terminated = rng.random((S, B)) > 0.25
-    noise = rng.normal(size=(S, m + 1, B, ACTION_DIM))
-    columns = obs, action, reward, next_obs, not_terminated, noise
-    return [torch.from_numpy(np.float32(x)) for x in columns]
+    return random_batch(S, B, OBS_DIM, ACTION_DIM, (S, m + 1, B, ACTION_DIM), seed)
 
 
 @pytest.mark.parametrize(
@@ -81,53 +73,18 @@ def test_targets_are_copied_when_told():
         assert all(torch.equal(x, y) for x, y in zip(target.parameters(), online.parameters()))
 
 
-def forward(layers, x):
-    """x (..., in) -> (..., out); layers: all weights, then all biases, of one network."""
-    depth = len(layers) // 2
-    x = x @ layers[0][0] + layers[depth][0]
-    for i in range(1, depth):
-        x = x.clamp(min=0) @ layers[i][0] + layers[depth + i][0]
-    return x
-
-
-def copies(net, s, S):
-    """Seed s's share of a network's parameters."""
-    return [x.detach().chunk(S)[s].clone().requires_grad_() for x in net.parameters()]
-
-
-class Reference:
+class Reference(Learner):
     """One seed of CRR, written from the equations, with Adam by hand."""
 
-    def __init__(self, agent, s, args):
-        self.args = args
-        self.num_updates = 0
-        self.moments = {}
-        names = "actor", "critic", "target_actor", "target_critic"
-        self.nets = {name: copies(getattr(agent, name), s, args.num_seeds) for name in names}
-
-    def steps(self, loss, name):
-        """New values of a network's parameters."""
-        new = []
-        for x, gradient in zip(self.nets[name], torch.autograd.grad(loss, self.nets[name])):
-            first, second = self.moments.get((name, len(new)), (0, 0))
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[name, len(new)] = first, second
-            scale = (second / (1 - 0.999**self.num_updates)) ** 0.5 + 1
-            step = self.args.learning_rate * first / (1 - 0.9**self.num_updates) / scale
-            new.append((x - step).detach().requires_grad_())
-        return new
-
     def policy(self, name, obs):
-        mean, log_std = forward(self.nets[name], obs).chunk(2, -1)
+        mean, log_std = forward(self.nets[name], obs)[0].chunk(2, -1)
         return torch.distributions.Normal(mean.tanh(), log_std.clamp(-20, 2).exp())
 
     def q(self, name, obs, action):
-        return forward(self.nets[name], torch.cat([obs, action], -1)).squeeze(-1)
+        return forward(self.nets[name], obs, action)[0, :, 0]
 
     def update(self, obs, action, reward, next_obs, not_terminated, noise, copied):
         args = self.args
-        self.num_updates += 1
         policy = self.policy("actor", obs)
         samples = [(policy.mean + policy.stddev * z).clamp(-1, 1) for z in noise[:-1]]
         values = torch.stack([self.q("critic", obs, sample) for sample in samples])  # (m, B)
@@ -142,10 +99,10 @@ class Reference:
         backup = reward + args.gamma * not_terminated * self.q("target_critic", next_obs, next_action).detach()
         q = self.q("critic", obs, action)
         critic_loss = torch.mean((q - backup) ** 2)
-        actor, critic = self.steps(actor_loss, "actor"), self.steps(critic_loss, "critic")  # from the same old ones
-        self.nets |= {"actor": actor, "critic": critic}
+        self.minimize(actor=actor_loss, critic=critic_loss)
         if copied:
-            self.nets |= {"target_actor": actor, "target_critic": critic}
+            for name in ("actor", "critic"):
+                self.nets[f"target_{name}"] = [x.detach().clone() for x in self.nets[name]]
         logged = {"loss/actor": actor_loss, "loss/critic": critic_loss, "value/q": q, "value/advantage_weight": weight}
         return {name: x.mean().item() for name, x in logged.items()}
 
@@ -156,8 +113,7 @@ def test_updates_against_float64(flags):
     args = make_args(num_seeds=2, learning_rate=2**-5, beta=0.5, **flags)  # exact in float32
     agent = make_agent(args, size=0.6).double()
     agent.actor.net.biases[-1].data[0, 0] = torch.tensor([0.0, 0.0, -30.0, 4.0])  # to be kept within [-20, 2]
-    for optimizer in agent.optimizers.values():
-        optimizer.param_groups[0]["eps"] = 1  # with 1e-8, Adam's steps do not tell a mean from a sum
+    adams_with(agent, eps=1)  # with 1e-8, Adam's steps do not tell a mean from a sum
     references = [Reference(agent, s, args) for s in range(2)]
     for n in range(3):
         batch = [column.double() for column in make_batch(S=2, seed=n)]
@@ -168,9 +124,7 @@ def test_updates_against_float64(flags):
             expected = reference.update(*[x[s] for x in batch], copied)
             assert logged == pytest.approx(expected, rel=1e-7)
     for s, reference in enumerate(references):
-        for name, net in reference.nets.items():
-            for x, y in zip(copies(getattr(agent, name), s, 2), net):
-                torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-7)
+        reference.assert_same(agent, s, atol=1e-7)
     assert not any(x.requires_grad for x in metrics.values())
 
 

@@ -9,6 +9,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import Learner, adams_with, forward, random_batch, randomize
 
 dered = harness.load("dered_iql")
 update = dered.update
@@ -25,20 +26,13 @@ def make_args(**flags):
 def make_agent(args, size=0.5):
     """An agent of random numbers of this size: biases, log_std and targets, too."""
     agent = dered.Agent(OBS_DIM, ACTION_DIM, args)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    randomize(agent, size)
     return agent
 
 
 def make_batch(S=1, B=32, seed=0):
     """Random obs, action, reward, next_obs, not_terminated."""
-    rng = np.random.default_rng(seed)
-    obs, next_obs = rng.normal(size=(2, S, B, OBS_DIM))
-    action = rng.uniform(-1, 1, size=(S, B, ACTION_DIM))
-    reward = rng.normal(size=(S, B))
-    not_terminated = rng.random((S, B)) > 0.25
-    return [torch.from_numpy(np.float32(x)) for x in (obs, action, reward, next_obs, not_terminated)]
+    return random_batch(S, B, OBS_DIM, ACTION_DIM, seed=seed)[:-1]
 
 
 def tensors(agent):
@@ -130,66 +124,42 @@ def test_heads_rest_to_the_bit_in_stage_2(hidden_sizes, finetune):
 
 
 # The update in either stage against float64 -------------------------------------------------------
-def forward(layers, x):
-    """x (B, in) -> (networks, B, out); layers: all weights, then all biases."""
-    depth = len(layers) // 2
-    x = x @ layers[0] + layers[depth]
-    for i in range(1, depth):
-        x = x.clamp(min=0) @ layers[i] + layers[depth + i]
-    return x
+class Reference(Learner):
+    """One seed of DeReD, written from the equations, with Adam by hand."""
 
-
-class Reference:
-    """One seed of DeReD, written from the equations, with Adam by hand. The actor's log_std comes last."""
-
-    def __init__(self, agent, s, S):
-        self.nets = {}
-        for name, net in agent.named_children():
-            named = [x for key, x in net.named_parameters() if key != "log_std"]
-            self.nets[name] = [x.detach().chunk(S)[s].clone().requires_grad_() for x in named]
-        self.nets["actor"].append(agent.actor.log_std.detach()[s].clone().requires_grad_())
-        self.begin(0.0, frozen=())
-
-    def begin(self, rate, frozen):
-        """New Adams; frozen: positions among three weights, three biases and log_std."""
-        self.rate = rate
-        self.frozen = frozen
+    def begin(self, rate, heads_rest):
+        """New Adams. Heads are the last of all weights and of all biases; the actor's log_std comes before them."""
         self.moments = {}
-        self.num_updates = 0
+        self.stage_rate = rate
+        self.resting = []
+        if heads_rest:
+            self.resting = [id(x) for net in self.nets.values() for x in (*net[:-6], net[-4], net[-1])]
 
-    def minimize(self, loss, name):
-        for i, gradient in enumerate(torch.autograd.grad(loss, self.nets[name])):
-            if i in self.frozen:
-                continue
-            first, second = self.moments.get((name, i), (0, 0))
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[name, i] = first, second
-            scale = (second / (1 - 0.999**self.num_updates)) ** 0.5 + 1
-            self.nets[name][i].data -= self.rate * first / (1 - 0.9**self.num_updates) / scale
+    def step(self, x, gradient, rate):
+        if id(x) not in self.resting:
+            super().step(x, gradient, self.stage_rate)
 
-    def update(self, obs, action, reward, next_obs, not_terminated, args):
+    def update(self, obs, action, reward, next_obs, not_terminated):
         """The three losses."""
-        self.num_updates += 1
+        args = self.args
         obs_action = torch.cat([obs, action], 1)
         target_q = torch.minimum(*forward(self.nets["target_critic"], obs_action)).squeeze(1)
         u = target_q - forward(self.nets["value"], obs).squeeze()
         value_loss = torch.mean(abs(args.expectile - 1.0 * (u < 0)) * u**2)
-        self.minimize(value_loss, "value")
+        self.minimize(value=value_loss)
 
         value = forward(self.nets["value"], obs).squeeze()
         weight = torch.exp(args.beta * (target_q - value)).clamp(max=100).detach()
-        *layers, log_std = self.nets["actor"]
-        policy = torch.distributions.Normal(forward(layers, obs)[0].tanh(), log_std.exp())
+        log_std, *layers = self.nets["actor"]
+        policy = torch.distributions.Normal(forward(layers, obs)[0].tanh(), log_std[0].exp())
         actor_loss = -torch.mean(weight * policy.log_prob(action).sum(1))
-        self.minimize(actor_loss, "actor")
+        self.minimize(actor=actor_loss)
 
         backup = reward + args.gamma * not_terminated * forward(self.nets["value"], next_obs).squeeze()
         q1, q2 = forward(self.nets["critic"], obs_action).squeeze(2)
         critic_loss = torch.mean((q1 - backup.detach()) ** 2) + torch.mean((q2 - backup.detach()) ** 2)
-        self.minimize(critic_loss, "critic")
-        for target, online in zip(self.nets["target_critic"], self.nets["critic"]):
-            target.data += args.target_update_rate * (online.data - target.data)
+        self.minimize(critic=critic_loss)
+        self.move_targets("critic")
         return value_loss.item(), actor_loss.item(), critic_loss.item()
 
 
@@ -199,12 +169,10 @@ def test_both_stages_against_float64(finetune):
     exact = {"learning_rate": 2**-5, "stage2_rate": 0.5, "target_update_rate": 0.25, "expectile": 0.75}
     args = make_args(num_seeds=2, finetune=finetune, **exact)
     agent = make_agent(args).double()
-    for optimizer in agent.optimizers.values():
-        optimizer.param_groups[0]["eps"] = 1  # with 1e-8, Adam's steps do not tell a mean from a sum
-    references = [Reference(agent, s, 2) for s in range(2)]
-    frozen = {"backbone": (2, 5, 6), "all": ()}[finetune]
+    adams_with(agent, eps=1)  # with 1e-8, Adam's steps do not tell a mean from a sum
+    references = [Reference(agent, s, args) for s in range(2)]
     batches = itertools.count()
-    for stage, rate, resting in zip(dered.stages_of(args), (2**-5, 2**-6), ((), frozen)):
+    for stage, rate, resting in zip(dered.stages_of(args), (2**-5, 2**-6), (False, finetune == "backbone")):
         for reference in references:
             reference.begin(rate, resting)
         for _ in range(3):
@@ -212,12 +180,9 @@ def test_both_stages_against_float64(finetune):
             metrics = update(agent, *batch, stage, args)
             for s, reference in enumerate(references):
                 losses = [metrics[f"loss/{name}"][s].item() for name in NETWORKS]
-                assert losses == pytest.approx(reference.update(*[x[s] for x in batch], args), rel=1e-7)
+                assert losses == pytest.approx(reference.update(*[x[s] for x in batch]), rel=1e-7)
         for s, reference in enumerate(references):
-            ours = Reference(agent, s, 2).nets
-            for name in ours:
-                for x, y in zip(ours[name], reference.nets[name]):
-                    torch.testing.assert_close(x, y, rtol=0, atol=1e-7)
+            reference.assert_same(agent, s, atol=1e-7)
 
 
 # Runs ---------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import Learner, adams_with, assert_goes_on, forward, four_states, random_batch, randomize
 
 iql = harness.load("iql_red")
 update = iql.update
@@ -26,9 +27,7 @@ def make_args(**flags):
 def make_agent(args, size=0.0, target_q=0.0, value=0.0):
     """An agent of random numbers of this size; without size, networks give these numbers for any input."""
     agent = iql.Agent(OBS_DIM, ACTION_DIM, args)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    randomize(agent, size)
     agent.target_critic.biases[-1].data += target_q
     agent.value.biases[-1].data += value
     return agent
@@ -36,12 +35,7 @@ def make_agent(args, size=0.0, target_q=0.0, value=0.0):
 
 def make_batch(S=1, B=32, seed=0):
     """Random obs, action, reward, next_obs, not_terminated."""
-    rng = np.random.default_rng(seed)
-    obs, next_obs = rng.normal(size=(2, S, B, OBS_DIM))
-    action = rng.uniform(-1, 1, size=(S, B, ACTION_DIM))
-    reward = rng.normal(size=(S, B))
-    not_terminated = rng.random((S, B)) > 0.25
-    return [torch.from_numpy(np.float32(x)) for x in (obs, action, reward, next_obs, not_terminated)]
+    return random_batch(S, B, OBS_DIM, ACTION_DIM, seed=seed)[:-1]
 
 
 def make_data(lengths=(2, 3, 5), returns=(0, 5, 10)):
@@ -132,20 +126,6 @@ def test_draws_are_a_function_of_seed_and_update():
 
 
 # Networks -----------------------------------------------------------------------------------------
-def copies(net, s, S):
-    """Seed s's share of a network's parameters."""
-    return [x.detach().chunk(S)[s].clone().requires_grad_() for x in net.parameters()]
-
-
-def forward(layers, x):
-    """x (B, in) -> (networks, B, out); layers: all weights, then all biases."""
-    depth = len(layers) // 2
-    x = x @ layers[0] + layers[depth]
-    for i in range(1, depth):
-        x = x.clamp(min=0) @ layers[i] + layers[depth + i]
-    return x
-
-
 def test_first_weights():
     """Orthogonal with gain sqrt(2), no two alike; a seed's do not depend on its neighbours."""
     agent = iql.Agent(OBS_DIM, ACTION_DIM, make_args(seed=3, num_seeds=3))
@@ -204,48 +184,31 @@ def test_an_update_by_hand(q, v, weight):
     assert metrics["loss/critic"].mean().item() == pytest.approx(1 + (1 + 0.75 * v) ** 2, rel=1e-5)
 
 
-class Reference:
+class Reference(Learner):
     """One seed of IQL, written from the equations, with Adam by hand."""
-
-    def __init__(self, agent, s, args):
-        self.args = args
-        self.num_updates = 0
-        self.moments = {}
-        self.nets = {name: copies(net, s, args.num_seeds) for name, net in agent.named_children()}
-
-    def minimize(self, loss, name):
-        for x, gradient in zip(self.nets[name], torch.autograd.grad(loss, self.nets[name])):
-            first, second = self.moments.get(x, (0, 0))
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[x] = first, second
-            scale = (second / (1 - 0.999**self.num_updates)) ** 0.5 + 1
-            x.data -= self.args.learning_rate * first / (1 - 0.9**self.num_updates) / scale
 
     def update(self, obs, action, reward, next_obs, not_terminated):
         """What the script logs of this seed."""
         args = self.args
-        self.num_updates += 1
         obs_action = torch.cat([obs, action], 1)
         target_q = torch.minimum(*forward(self.nets["target_critic"], obs_action)).squeeze(1)  # (B,)
 
         u = target_q - forward(self.nets["value"], obs).squeeze()
         value_loss = torch.mean(abs(args.expectile - 1.0 * (u < 0)) * u**2)
-        self.minimize(value_loss, "value")
+        self.minimize(value=value_loss)
 
         value = forward(self.nets["value"], obs).squeeze()
         weight = torch.exp(args.beta * (target_q - value)).clamp(max=100)
         log_std, *layers = self.nets["actor"]
         policy = torch.distributions.Normal(forward(layers, obs)[0].tanh(), log_std[0].clamp(-5, 2).exp())
         actor_loss = -torch.mean(weight * policy.log_prob(action).sum(1))
-        self.minimize(actor_loss, "actor")
+        self.minimize(actor=actor_loss)
 
         backup = reward + args.gamma * not_terminated * forward(self.nets["value"], next_obs).squeeze()
         q1, q2 = forward(self.nets["critic"], obs_action).squeeze(2)
         critic_loss = torch.mean((q1 - backup) ** 2) + torch.mean((q2 - backup) ** 2)
-        self.minimize(critic_loss, "critic")
-        for target, online in zip(self.nets["target_critic"], self.nets["critic"]):
-            target.data += args.target_update_rate * (online.data - target.data)
+        self.minimize(critic=critic_loss)
+        self.move_targets("critic")
         assert u.min() < 0 < u.max()  # the batch has both sides of the expectile,
         assert weight.min() < 1 < 100 == weight.max()  # and of the cap
         losses = {"loss/value": value_loss, "loss/actor": actor_loss, "loss/critic": critic_loss}
@@ -259,8 +222,7 @@ def test_updates_against_float64():
     args = make_args(num_seeds=2, beta=8, **exact)
     agent = make_agent(args, size=0.7).double()
     agent.actor.log_std.data[0, 0] = torch.tensor([-7.0, 4.0])  # to be kept within [-5, 2]
-    for optimizer in agent.optimizers.values():
-        optimizer.param_groups[0]["eps"] = 1  # with 1e-8, Adam's steps do not tell a mean from a sum
+    adams_with(agent, eps=1)  # with 1e-8, Adam's steps do not tell a mean from a sum
     references = [Reference(agent, s, args) for s in range(2)]
     for n in range(3):
         batch = [column.double() for column in make_batch(S=2, seed=n)]
@@ -269,9 +231,7 @@ def test_updates_against_float64():
             logged = {name: x[s].mean().item() for name, x in metrics.items()}
             assert logged == pytest.approx(reference.update(*[column[s] for column in batch]), rel=1e-7)
     for s, reference in enumerate(references):
-        for name, net in agent.named_children():
-            for x, y in zip(copies(net, s, 2), reference.nets[name]):
-                torch.testing.assert_close(x, y, rtol=0, atol=1e-7)
+        reference.assert_same(agent, s, atol=1e-7)
     assert not any(x.requires_grad for x in metrics.values())
 
 
@@ -318,33 +278,16 @@ def test_what_the_learner_sees(monkeypatch, tmp_path, transform, span, factor, s
     np.testing.assert_allclose(rates[:, [0, 2]], 3e-4, rtol=1e-6)
 
 
-def test_seed_k_among_others_is_the_run_with_seed_k(monkeypatch, tmp_path):
-    together, _, _ = run(monkeypatch, tmp_path / "3", make_data(), "--seed", "3", "--num-seeds", "3")
-    alone, _, _ = run(monkeypatch, tmp_path / "1", make_data(), "--seed", "4")
-    for x, y in zip(together.parameters(), alone.parameters()):
-        torch.testing.assert_close(x.chunk(3)[1], y, rtol=1e-4, atol=1e-5)
-
-
 # Learning -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags", [{}, {"beta": 0.0}, {"beta": -3.0}, {"gamma": 0.0}], ids=str)
 def test_a_chain_of_four_states(flags):
     """Its end pays 5, a step costs 0.1. Most of the data quits, for 0.5 at once, and so does who clones it,
     flips the advantage, or sees the next reward only. IQL goes on."""
-    rng = np.random.default_rng(0)
-    eye = np.eye(4)
-    state = rng.integers(4, size=3000)
-    go = rng.random(3000) < 0.3
-    action = np.where(go, 0.5, -0.5) + 0.1 * rng.normal(size=3000)
-    reward = np.where(go, np.where(state == 3, 5, -0.1), 0.5)
-    terminated = ~go | (state == 3)
-    next_state = np.where(terminated, 3, state + 1)  # ends look like the best state, lest anyone bootstrap
-    columns = eye[state], action[:, None], reward, eye[next_state], ~terminated
-    columns = [torch.from_numpy(np.float32(column)) for column in columns]
+    columns = four_states()
     args = make_args(num_seeds=3, learning_rate=0.005, target_update_rate=0.1, expectile=0.9, **flags)
     agent = iql.Agent(4, 1, args)
     sampler = iql.Sampler(np.full(3000, 1 / 3000), "cpu")
     for num_updates in range(0, 300, iql.CHUNK):
         for batch in sampler.draw(range(3), num_updates, 64):
             update(agent, *[column[batch] for column in columns], args)
-    goes_on = agent.actor(torch.eye(4).expand(3, -1, -1)) > 0  # (S, states, 1)
-    assert torch.all(goes_on[:, :3] == (flags == {}))
+    assert_goes_on(agent.actor, right=not flags)

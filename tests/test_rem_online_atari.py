@@ -1,5 +1,6 @@
 """rem_online_atari.py: mixtures, update, who plays an episode, random actions, what is stored and logged, seeds, runs,
-learning on Catch. What is the same text in rem_atari.py (test_copies.py) has more tests in test_rem_atari.py."""
+learning on Catch; dqn_atari.py, which plays alike: random actions, RMSProp, what updates get. What is the same text in
+rem_atari.py (test_copies.py) has more tests in test_rem_atari.py."""
 
 import itertools
 import json
@@ -18,6 +19,7 @@ offline = harness.load("rem_atari")
 A = 3  # actions of Catch
 TINY = "--env-id catch:Catch-v0 --channels 2 3 2 --hidden-size 5 --batch-size 3 --padding valid --device cpu".split()
 TINY += ["--replay-size", 2000, "--eval-episodes", 0]
+online = pytest.mark.parametrize("script", ["rem_online_atari", "dqn_atari"])
 both = pytest.mark.parametrize("baseline", [False, True], ids=["rem", "bootstrapped"])
 
 
@@ -34,8 +36,8 @@ def draw(seeds, step, **flags):
     return rem.random_mixtures(rem.random_generators(seeds, rem.DRAWS, step), rem.Args(device="cpu", **flags))
 
 
-def run(folder, *flags):
-    harness.run_main("rem_online_atari", *TINY, *flags, "--run-dir", folder / "run")
+def run(folder, *flags, script="rem_online_atari"):
+    harness.run_main(script, *TINY, *flags, "--run-dir", folder / "run")
     return folder / "run"
 
 
@@ -128,10 +130,11 @@ def test_update(baseline):
 
 
 # Play ---------------------------------------------------------------------------------------------
-def play(tmp_path, *flags, values=None):
+def play(tmp_path, *flags, values=None, script="rem_online_atari"):
     """frames, action, reward, ended of a run, (steps, S, ...); `values` (A, K): what its networks say to all frames."""
     seen = []
-    step, forward = rem.Games.step, rem.NatureNetwork.forward
+    module = harness.load(script)
+    step, forward = module.Games.step, module.NatureNetwork.forward
 
     def recording(games, action):
         frames, before = games.obs[:, -1].copy(), games.returns * ~games.ended
@@ -143,8 +146,9 @@ def play(tmp_path, *flags, values=None):
             return forward(network, frames)
         return torch.tensor(values).expand(*frames.shape[:2], -1, -1)
 
-    with mock.patch.object(rem.Games, "step", recording), mock.patch.object(rem.NatureNetwork, "forward", saying):
-        run(tmp_path, *flags)
+    patch = mock.patch.object
+    with patch(module.Games, "step", recording), patch(module.NatureNetwork, "forward", saying):
+        run(tmp_path, *flags, script=script)
     return [np.stack(x) for x in zip(*seen)]
 
 
@@ -162,13 +166,17 @@ def test_an_episode_is_played_by_one_mixture(tmp_path, baseline):
     assert 0.2 < (episodes[:, 0, 0] == episodes[:, 0, 1]).mean() < 0.7  # seeds have their own
 
 
-def test_random_actions(tmp_path):
+@online
+def test_random_actions(tmp_path, script):
     """All until learning starts, then fewer in a line, in the end one in five; a third of them look greedy."""
     flags = "--learning-starts 600 --epsilon-steps 2400 --epsilon 0.2 --num-steps 4200 --num-seeds 2"
-    _, action, _, _ = play(tmp_path, *flags.split(), "--update-every", 10**6, values=[[0.0] * 4, [1.0] * 4, [0.0] * 4])
+    module = harness.load(script)
+    K = 4 if script == "rem_online_atari" else 1
+    values = [[0.0] * K, [1.0] * K, [0.0] * K]
+    _, action, _, _ = play(tmp_path, *flags.split(), "--update-every", 10**6, values=values, script=script)
     shares = (action != 1).reshape(7, 1200).mean(1) * 3 / 2
     np.testing.assert_allclose(shares, [1, 0.9, 0.7, 0.5, 0.3, 0.2, 0.2], atol=0.07)
-    shares = [rem.share_of_random_actions(t, rem.Args()) for t in (0, 20_000, 145_000, 270_000, 10**7)]
+    shares = [module.share_of_random_actions(t, module.Args()) for t in (0, 20_000, 145_000, 270_000, 10**7)]
     np.testing.assert_allclose(shares, [1, 1, 0.505, 0.01, 0.01])
 
 
@@ -214,6 +222,33 @@ def test_updates_of_a_run(tmp_path, baseline):
     assert mixtures.shape == (11, 2, 1, 4, 4 if baseline else 1) and synchronize.call_count == 6
     assert np.allclose(mixtures.sum(-2), 1) and (baseline or len(np.unique(mixtures)) == 88)
     assert obs.shape == (11, 2, 3, 4, 84, 84) and np.array_equal(obs[:, :, :, 1:], next_obs[:, :, :, :3])
+
+
+def test_updates_of_a_run_of_dqn(tmp_path):
+    """As above, from play at random: the newest frames of a next state are those that follow."""
+    flags = *TINY, "--num-steps", 66, "--learning-starts", 20, "--target-every", 2, "--num-seeds", 2
+    with mock.patch.object(harness.load("dqn_atari"), "synchronize") as synchronize:
+        _, inputs = harness.record_updates("dqn_atari", *flags, "--run-dir", tmp_path / "run")
+    obs, next_obs, reward, not_terminated = [inputs[x] for x in ("obs", "next_obs", "reward", "not_terminated")]
+    assert obs.shape == (11, 2, 3, 4, 84, 84) and synchronize.call_count == 6
+    assert np.array_equal(obs[:, :, :, 1:], next_obs[:, :, :, :3]) and obs[:, :, :, 3].any()
+    assert np.array_equal(reward != 0, not_terminated == 0) and 0 < not_terminated.mean() < 1
+
+
+@pytest.mark.parametrize("script", ["dqn_atari", "offline_dqn_atari"])
+def test_rmsprop_of_tensorflow(script):
+    """Gradients about 3, or about 0, for so long that their variance is far from the mean of their squares."""
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    rmsprop = harness.load(script).TensorFlowRMSProp([p], 0.01, 0.1)
+    expected, mean, square = np.zeros(2), np.zeros(2), np.ones(2)
+    for n in range(60):
+        gradient = np.array([3, 0]) + 0.1 * np.sin(n)
+        p.grad = torch.from_numpy(gradient)
+        rmsprop.step()
+        mean, square = 0.95 * mean + 0.05 * gradient, 0.95 * square + 0.05 * gradient**2
+        expected -= 0.01 * gradient / np.sqrt(square - mean**2 + 0.1)
+        np.testing.assert_allclose(p.detach(), expected)
+    assert square[0] > 5 * (square - mean**2)[0]
 
 
 def test_seed_k_among_two_is_the_run_with_seed_k(tmp_path):

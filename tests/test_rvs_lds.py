@@ -14,6 +14,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import Learner, randomize
 
 rvs = harness.load("rvs_lds")
 update = rvs.update
@@ -30,9 +31,7 @@ def make_agent(args, size=0.0):
     """An agent of random numbers of this size."""
     obs = np.random.default_rng(3).normal(1, 2, size=(100, OBS_DIM))
     agent = rvs.Agent(obs, ACTION_DIM, args)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    randomize(agent, size)
     return agent
 
 
@@ -222,15 +221,13 @@ def test_actions_are_means_without_dropout_within_the_box():
 
 
 # The update ---------------------------------------------------------------------------------------
-class Reference:
+class Reference(Learner):
     """One seed, written from the equations, with Adam by hand."""
 
     def __init__(self, agent, s, args):
-        self.args = args
+        super().__init__(agent, s, args)
         self.mean, self.std = agent.normalize.mean, agent.normalize.std
         self.net = {name: x[s].detach().clone() for name, x in agent.actor.named_parameters()}
-        self.moments = {name: (0, 0) for name in self.net}
-        self.n = 0
 
     def update(self, obs, action, weight, kept):
         args = self.args
@@ -246,15 +243,8 @@ class Reference:
         std = net["log_std"].clamp(-5, 2).exp().expand_as(mean)
         log_prob = torch.distributions.Normal(mean, std).log_prob(action).sum(1)
         loss = -torch.mean(weight * log_prob)
-        self.n += 1
-        for (name, x), gradient in zip(net.items(), torch.autograd.grad(loss, list(net.values()))):
-            gradient = gradient + args.weight_decay * x.detach()
-            first, second = self.moments[name]
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[name] = first, second
-            scale = (second / (1 - 0.999**self.n)) ** 0.5 + 1
-            x.data -= args.learning_rate * first / (1 - 0.9**self.n) / scale
+        for x, gradient in zip(net.values(), torch.autograd.grad(loss, list(net.values()))):
+            self.step(x, gradient + args.weight_decay * x.detach(), args.learning_rate)
         return loss.item(), -log_prob.mean().item()
 
 

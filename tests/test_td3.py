@@ -1,8 +1,6 @@
 """The mathematics of td3.py against what shares no code with it: whole updates in float64 by torch.nn, an
 environment with a log of its own, dm_control's own rewards in the states that were logged, and Minari's reader."""
 
-import sys
-
 import harness
 import minari
 import numpy as np

@@ -7,6 +7,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import Learner, adams_with, forward, randomize
 
 td3 = harness.load("td3_bc_red")
 update = td3.update
@@ -24,9 +25,7 @@ def make_agent(args, size=0.0, obs=None):
     if obs is None:
         obs = np.random.default_rng(3).normal(1, 2, size=(100, OBS_DIM))
     agent = td3.Agent(obs, ACTION_DIM, args)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    randomize(agent, size)
     return agent
 
 
@@ -97,40 +96,12 @@ def test_target_noise_by_hand(noise, noise_clip, action):
     assert metrics["loss/critic"].item() == pytest.approx(2 * (2 + 0.5) ** 2, rel=0.01), q
 
 
-def forward(layers, x):
-    """x (B, in) -> (networks, B, out); layers: all weights, then all biases."""
-    depth = len(layers) // 2
-    x = x @ layers[0] + layers[depth]
-    for i in range(1, depth):
-        x = x.clamp(min=0) @ layers[i] + layers[depth + i]
-    return x
-
-
-def copies(net, s, S):
-    """Seed s's share of a network's parameters."""
-    return [x.detach().chunk(S)[s].clone().requires_grad_() for x in net.parameters()]
-
-
-class Reference:
+class Reference(Learner):
     """One seed of TD3+BC, written from the equations, with Adam by hand."""
 
     def __init__(self, agent, s, args):
-        self.args = args
+        super().__init__(agent, s, args)
         self.mean, self.std = agent.normalize.mean, agent.normalize.std
-        self.moments = {}
-        self.steps = {"critic": 0, "actor": 0}
-        names = "actor", "critic", "target_actor", "target_critic"
-        self.nets = {name: copies(getattr(agent, name), s, args.num_seeds) for name in names}
-
-    def minimize(self, loss, name):
-        self.steps[name] += 1
-        n = self.steps[name]
-        for x, gradient in zip(self.nets[name], torch.autograd.grad(loss, self.nets[name])):
-            first, second = self.moments.get(x, (0, 0))
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[x] = first, second
-            x.data -= self.args.learning_rate * first / (1 - 0.9**n) / ((second / (1 - 0.999**n)) ** 0.5 + 1)
 
     def update(self, obs, action, reward, next_obs, not_terminated, noise, actor_turn):
         args = self.args
@@ -142,7 +113,7 @@ class Reference:
         backup = reward + args.gamma * not_terminated * next_q.squeeze(1).detach()
         q1, q2 = forward(self.nets["critic"], torch.cat([obs, action], 1)).squeeze(2)
         critic_loss = torch.mean((q1 - backup) ** 2) + torch.mean((q2 - backup) ** 2)
-        self.minimize(critic_loss, "critic")
+        self.minimize(critic=critic_loss)
         logged = {"loss/critic": critic_loss, "value/q": (q1 + q2) / 2}
         if actor_turn:
             policy_action = forward(self.nets["actor"], obs)[0].tanh()
@@ -150,10 +121,8 @@ class Reference:
             weight = args.bc_alpha / torch.mean(abs(q1.detach()))
             cloning = torch.mean((policy_action - action) ** 2)
             actor_loss = -weight * torch.mean(q1) + cloning
-            self.minimize(actor_loss, "actor")
-            for name in ("actor", "critic"):
-                for target, online in zip(self.nets[f"target_{name}"], self.nets[name]):
-                    target.data += args.target_update_rate * (online.data - target.data)
+            self.minimize(actor=actor_loss)
+            self.move_targets("actor", "critic")
             logged |= {"loss/actor": actor_loss, "loss/behaviour_cloning": cloning, "value/lambda": weight}
         return {name: x.mean().item() for name, x in logged.items()}
 
@@ -162,8 +131,7 @@ def test_updates_against_float64():
     """Four updates of two seeds, which do not mix: what is logged, and all parameters."""
     args = make_args(num_seeds=2, learning_rate=2**-5, target_update_rate=0.25)  # exact in float32
     agent = make_agent(args, size=0.6).double()
-    for optimizer in agent.optimizers.values():
-        optimizer.param_groups[0]["eps"] = 1  # with 1e-8, Adam's steps do not tell a mean from a sum
+    adams_with(agent, eps=1)  # with 1e-8, Adam's steps do not tell a mean from a sum
     references = [Reference(agent, s, args) for s in range(2)]
     for n in range(1, 5):
         batch = [column.double() for column in make_batch(S=2, seed=n)]
@@ -172,9 +140,7 @@ def test_updates_against_float64():
             logged = {name: x[s].mean().item() for name, x in metrics.items()}
             assert logged == pytest.approx(reference.update(*[x[s] for x in batch], n % 2 == 0), rel=1e-7)
     for s, reference in enumerate(references):
-        for name, net in reference.nets.items():
-            for x, y in zip(copies(getattr(agent, name), s, 2), net):
-                torch.testing.assert_close(x, y, rtol=0, atol=1e-7)
+        reference.assert_same(agent, s, atol=1e-7)
     assert not any(x.requires_grad for x in metrics.values())
 
 

@@ -9,6 +9,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import Learner, adams_with, assert_goes_on, forward, four_states, pessimistic, random_batch, randomize
 
 td3 = harness.load("td3_bc_scaled")
 update = td3.update
@@ -24,21 +25,13 @@ def make_args(**flags):
 def make_agent(args, size=0.5):
     """An agent of random numbers of this size."""
     agent = td3.Agent(OBS_DIM, ACTION_DIM, args)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    randomize(agent, size)
     return agent
 
 
 def make_batch(S=1, B=32, seed=0):
     """Random obs, action, reward, next_obs, not_terminated, noise."""
-    rng = np.random.default_rng(seed)
-    obs, next_obs = rng.normal(size=(2, S, B, OBS_DIM))
-    action = rng.uniform(-1, 1, size=(S, B, ACTION_DIM))
-    reward = rng.normal(size=(S, B))
-    not_terminated = rng.random((S, B)) > 0.25
-    noise = rng.normal(size=(S, 2 * B, ACTION_DIM))
-    return [torch.from_numpy(np.float32(x)) for x in (obs, action, reward, next_obs, not_terminated, noise)]
+    return random_batch(S, B, OBS_DIM, ACTION_DIM, (S, 2 * B, ACTION_DIM), seed)
 
 
 def set_linear(net, i, slope, biases=(0.0,)):
@@ -187,63 +180,25 @@ def test_actor_loss_by_hand():
     assert below["loss/actor"] == pytest.approx(3 + (1 + 5) / 2 * 0.25)
 
 
-def copies(net, s, S):
-    """Seed s's share of a network's parameters."""
-    return [x.detach().chunk(S)[s].clone().requires_grad_() for x in net.parameters()]
-
-
-def forward(layers, *inputs):
-    """Inputs (B, ...) side by side -> (networks, B, out); layers: all weights, then all biases."""
-    depth = len(layers) // 2
-    x = torch.cat(inputs, 1) @ layers[0] + layers[depth]
-    for i in range(1, depth):
-        x = x.clamp(min=0) @ layers[i] + layers[depth + i]
-    return x
-
-
-def pessimistic(q, pessimism):
-    """Q_bar (B,) of q (C, B, 1), by its definition."""
-    C = len(q)
-    penalty = sum((q[i] - q[j]).abs() for i in range(C) for j in range(C)) / (C**2 - C)
-    return (q.mean(0) - pessimism * penalty).squeeze(1)
-
-
-class Reference:
+class Reference(Learner):
     """One seed of TD3+BC at scale, written from the equations, with Adam by hand."""
-
-    def __init__(self, agent, s, args):
-        self.args = args
-        self.num_updates = 0
-        self.moments = {}
-        self.nets = {name: copies(net, s, args.num_seeds) for name, net in agent.named_children()}
-
-    def minimize(self, loss, name):
-        for x, gradient in zip(self.nets[name], torch.autograd.grad(loss, self.nets[name])):
-            first, second = self.moments.get(x, (0, 0))
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            self.moments[x] = first, second
-            scale = (second / (1 - 0.999**self.num_updates)) ** 0.5 + 1
-            x.data -= self.args.learning_rate * first / (1 - 0.9**self.num_updates) / scale
 
     def update(self, obs, action, reward, next_obs, not_terminated, noise):
         """What the script logs of this seed."""
         args = self.args
-        self.num_updates += 1
         offset = (0.2 * noise[: len(obs)]).clamp(-0.3, 0.3)
         next_action = (forward(self.nets["actor"], next_obs)[0].tanh() + offset).clamp(-1, 1).detach()
         next_q = pessimistic(forward(self.nets["target_critic"], next_obs, next_action), args.pessimism).detach()
         q = forward(self.nets["critic"], obs, action).squeeze(2)  # (C, B)
         critic_loss = ((q - reward - args.gamma * not_terminated * next_q) ** 2).mean(1).sum() / 2
-        self.minimize(critic_loss, "critic")
+        self.minimize(critic=critic_loss)
 
         drawn = (forward(self.nets["actor"], obs)[0].tanh() + 0.2 * noise[len(obs) :]).clamp(-1, 1)
         policy_q = pessimistic(forward(self.nets["critic"], obs, drawn), args.pessimism)
         bc_loss = ((drawn - action) ** 2).mean()
         actor_loss = args.bc_coef * policy_q.abs().mean().item() * bc_loss - policy_q.mean()
-        self.minimize(actor_loss, "actor")
-        for target, online in zip(self.nets["target_critic"], self.nets["critic"]):
-            target.data += args.target_update_rate * (online.data - target.data)
+        self.minimize(actor=actor_loss)
+        self.move_targets("critic")
 
         assert (offset.abs() == 0.3).any() and (drawn.abs() == 1).any()
         logs = {"loss/critic": critic_loss, "loss/actor": actor_loss, "loss/behaviour_cloning": bc_loss}
@@ -258,8 +213,7 @@ def test_updates_against_float64(bc_coef):
     flags = {"learning_rate": 2**-4, "target_update_rate": 0.25, "gamma": 0.875, "pessimism": 0.75, "num_critics": 3}
     args = make_args(num_seeds=2, bc_coef=bc_coef, **flags)
     agent = make_agent(args).double()
-    for optimizer in agent.optimizers.values():
-        optimizer.param_groups[0]["eps"] = 1
+    adams_with(agent, eps=1)
     references = [Reference(agent, s, args) for s in range(2)]
     for n in range(3):
         batch = [column.double() for column in make_batch(S=2, seed=n)]
@@ -269,9 +223,7 @@ def test_updates_against_float64(bc_coef):
             assert logged == pytest.approx(reference.update(*[column[s] for column in batch]), rel=1e-7)
     assert not any(x.requires_grad for x in metrics.values())
     for s, reference in enumerate(references):
-        for name, net in agent.named_children():
-            for x, y in zip(copies(net, s, 2), reference.nets[name]):
-                torch.testing.assert_close(x, y, rtol=0, atol=1e-8)
+        reference.assert_same(agent, s, atol=1e-8)
 
 
 # The method's own lines in main() -----------------------------------------------------------------
@@ -303,24 +255,11 @@ def test_what_the_learner_sees(monkeypatch, tmp_path, transform, shift):
 def test_a_chain_of_four_states(flags):
     """Its end pays 5, a step costs 0.1. Most of the data quits, for 0.5 at once, and so does who clones it, who sees
     the next reward only. TD3+BC goes on."""
-    rng = np.random.default_rng(0)
-    eye = np.eye(4)
-    state = rng.integers(4, size=3000)
-    go = rng.random(3000) < 0.3
-    action = np.where(go, 0.5, -0.5) + 0.1 * rng.normal(size=3000)
-    reward = np.where(go, np.where(state == 3, 5, -0.1), 0.5)
-    terminated = ~go | (state == 3)
-    next_state = np.where(terminated, 3, state + 1)  # ends look like the best state, lest anyone bootstrap
-    columns = eye[state], action[:, None], reward, eye[next_state], ~terminated
-    columns = [torch.from_numpy(np.float32(column)) for column in columns]
+    columns = four_states()
     args = make_args(num_seeds=3, learning_rate=3e-3, target_update_rate=0.05, **flags)
     agent = td3.Agent(4, 1, args)
     sampler = td3.Sampler(np.full(3000, 1 / 3000), "cpu")
     for step in range(0, 600, td3.CHUNK):
         for batch, noise in zip(sampler.draw(range(3), step, 128), td3.draw_noise(range(3), step, (256, 1), "cpu")):
             update(agent, *[column[batch] for column in columns], noise, args)
-    goes_on = agent.actor(torch.eye(4).expand(3, -1, -1)) > 0  # (S, states, 1)
-    if flags:
-        assert not goes_on[:, :3].any()
-    else:
-        assert goes_on.all()
+    assert_goes_on(agent.actor, right=not flags)
