@@ -276,6 +276,18 @@ def test_resume_and_evaluate(tmp_path, capsys):
     assert "policies of step 200" in capsys.readouterr().out
 
 
+@online
+def test_a_log_belongs_to_one_run(script, tmp_path, monkeypatch):
+    """Its folder is made at the start, and named in full, so that a resume from elsewhere goes on with it."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--num-steps", 40, "--learning-starts", 20, "--save-replay", "log"
+    folder = run(tmp_path / "first", *flags, script=script)
+    assert json.loads((folder / "config.json").read_text())["args"]["save_replay"] == str(tmp_path / "log")
+    with pytest.raises(FileExistsError):
+        run(tmp_path / "second", *flags, script=script)
+    assert not (tmp_path / "second").exists()
+
+
 def test_rem_learns_catch(tmp_path):
     flags = "--channels 4 8 8 --hidden-size 32 --batch-size 32 --learning-rate 2e-3 --adam-eps 1e-6 --num-networks 2"
     flags += " --num-steps 2500 --learning-starts 500 --epsilon-steps 1500 --epsilon 0 --target-every 50"
