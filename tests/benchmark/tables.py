@@ -100,8 +100,8 @@ def read_results(path, args):
 
 def data_scores(cells):
     """Mean and best return of the data that the first of these cells learns from, as scores."""
-    cell = next(cell for cell in cells if "--dataset" in cell.flags)
-    module = importlib.import_module(cell.script)
+    cell = next(cell for cell in cells if "--dataset" in cell.flags and "/" not in cell.script)
+    module = importlib.import_module(Path(cell.script).name)
     args = tyro.cli(module.Args, args=list(cell.flags))
     if hasattr(module, "load_replay"):
         _, returns = module.load_replay(args)
