@@ -259,7 +259,8 @@ def test_ctrl_c_as_a_user(script, data, tmp_path, send):
     stopped = harness.command(script, *flags, "--eval-episodes", 5000, "--run-dir", "stopped")
     options = dict(cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)
     silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(stopped, **options, **silent)
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # where these tests ignore it, too
+    process = subprocess.Popen(stopped, **options, **silent, **heard)
     harness.wait_for(tmp_path / "stopped" / "checkpoint.pt", lambda: process.poll() is None)
     time.sleep(5)  # until a worker is at it
     send(process.pid, signal.SIGINT)
