@@ -210,7 +210,9 @@ class GaussianActor(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden_sizes, generators, dropout):
         super().__init__()
         sizes = [obs_dim, *hidden_sizes, action_dim]
-        activation = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(dropout))
+        activation = torch.relu_
+        if dropout:
+            activation = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.net = MLP(sizes, orthogonal, generators, activation=activation)
         self.log_std = nn.Parameter(torch.zeros(len(generators), 1, action_dim))
 
