@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import re
 import shlex
+import subprocess
 import sys
 import tokenize
 from itertools import combinations
@@ -155,6 +156,13 @@ def test_readme():
     assert len(commands) > 25
     for script, flags in commands:
         tyro.cli(harness.load(script).Args, args=shlex.split(flags))
+
+
+def test_mutations_still_find_their_places():
+    """... in the scripts; the mutations themselves run by hand: python tests/mutations.py."""
+    command = [sys.executable, harness.ROOT / "tests" / "mutations.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_sizes_are_counted_right():
