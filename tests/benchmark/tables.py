@@ -117,7 +117,7 @@ def data_scores(cells):
 # Tables -------------------------------------------------------------------------------------------
 def texts_of(result, num_columns):
     """What a row has to say on one dataset."""
-    texts = ["open"]
+    texts = []
     if result:
         texts = [with_interval([result.last10], mean), with_interval([result.best], mean)]
         if not result.finished:
@@ -130,6 +130,7 @@ def texts_of(result, num_columns):
 def table(name, grid, cells, results, of_data):
     """Markdown: what the grid is for, a line a row, probabilities, where the numbers are from."""
     datasets = [dataset["name"] for dataset in grid["datasets"]]
+    datasets = [dataset for dataset in datasets if dataset in {where for _, where in results}]
     titles = ["last 10", "best"]
     if any("offline_updates" in row for row in grid["rows"]):
         titles += ["at the first step online", "lowest from there"]
@@ -145,10 +146,12 @@ def table(name, grid, cells, results, of_data):
     for row in grid["rows"]:
         texts = []
         for dataset in datasets:
-            key = row["name"], dataset
-            texts += texts_of(results.get(key), len(titles)) if key in cells else [""] * len(titles)
-        text.append(f"| {row['name']} | {' | '.join(texts)} |")
+            texts += texts_of(results.get((row["name"], dataset)), len(titles))
+        if any(texts):
+            text.append(f"| {row['name']} | {' | '.join(texts)} |")
     text.append("")
+    if len(results) < len(cells):
+        text.append(f"- {len(cells) - len(results)} of {len(cells)} cells are open")
 
     all_pairs = []
     for x, y in grid.get("pairs", []):
