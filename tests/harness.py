@@ -9,6 +9,7 @@ import harness (pytest puts this folder on sys.path)
 """
 
 import concurrent.futures.process
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -115,7 +116,8 @@ def forked_main(script, flags, cwd, output, before):
     try:
         module.main()
     finally:
-        concurrent.futures.process._python_exit()  # ends idle workers, which this process would wait for
+        with contextlib.suppress(OSError):  # of a pool that is closing already
+            concurrent.futures.process._python_exit()  # ends idle workers, which this process would wait for
 
 
 def fork(script, *flags, cwd=None, before=None):
