@@ -134,7 +134,7 @@ def spread(x):
     return span if span > 1e-9 * np.abs(x).max() else 0.0
 
 
-def sampling_probabilities(data, args):
+def red_or_uniform(data, args):
     """P(i) of every transition, (N,), from returns as logged."""
     returns = np.repeat(data.returns, data.lengths)
     if args.sampler == "red":
@@ -655,7 +655,7 @@ def main():
         sys.exit("error: the data names no environment; give --env-id, or --eval-episodes 0")
 
     # the method's own lines, which a copied `update` needs too
-    probabilities = sampling_probabilities(data, args)
+    probabilities = red_or_uniform(data, args)
     reward = data.reward
     if args.reward_transform == "shift":
         reward = reward - 1

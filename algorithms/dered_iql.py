@@ -183,7 +183,7 @@ def spread(x):
     return span if span > 1e-9 * np.abs(x).max() else 0.0
 
 
-def sampling_probabilities(data, stage, args):
+def stage_probabilities(data, stage, args):
     """P(i) of every transition, (N,), from returns as logged."""
     returns = np.repeat(data.returns, data.lengths)
     if stage.sampler == "red":
@@ -747,7 +747,7 @@ def main():
         return
 
     transition_returns = np.repeat(data.returns, data.lengths)
-    probabilities = sampling_probabilities(data, stages[-1], args)
+    probabilities = stage_probabilities(data, stages[-1], args)
     drawn = np.random.default_rng(0).choice(transition_returns, 100_000, p=probabilities)  # for the histogram
     open_run_dir(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
@@ -770,7 +770,7 @@ def main():
         jobs = start_evaluation(first)  # the one that was under way
     started = time.time()
     for stage in stages:
-        sampler = Sampler(sampling_probabilities(data, stage, args), args.device)
+        sampler = Sampler(stage_probabilities(data, stage, args), args.device)
         learn_chunk = CudaGraph(partial(learn, stage))  # a graph of its own, because other parameters move
         for step in tqdm(stage.steps(first), stage.name, mininterval=1, unit_scale=CHUNK):
             batches = sampler.draw(seeds, step, args.batch_size)

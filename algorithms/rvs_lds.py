@@ -204,7 +204,7 @@ def lds_weights(G, num_bins, kernel_size, sigma):
     return weight / weight.mean()
 
 
-def sampling_probabilities(data, args):
+def uniform_or_top10(data, args):
     """P(i) of every transition, (N,), from returns as logged."""
     returns = np.repeat(data.returns, data.lengths)
     if args.sampler == "top10":
@@ -711,7 +711,7 @@ def main():
         sys.exit("error: the data names no environment; give --env-id, or --eval-episodes 0")
 
     # the method's own lines, which a copied `update` needs too
-    probabilities = sampling_probabilities(data, args)
+    probabilities = uniform_or_top10(data, args)
     weight = np.ones(len(data.reward))
     if args.weighting == "lds":
         weight = lds_weights(returns_to_go(data), args.num_bins, args.kernel_size, args.sigma)

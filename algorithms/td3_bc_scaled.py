@@ -138,7 +138,7 @@ class Args:
 
 
 # The data: also for the paper's comparison with samplers that weight whole episodes -----------------
-def sampling_probabilities(data, args):
+def trajectory_probabilities(data, args):
     """P(i) of every transition, (N,): even, or by the return of its episode as logged, (E,)."""
     goodness = data.returns
     if args.sampler == "aw":  # what goes beyond a prediction from the first observation, by least squares
@@ -739,7 +739,7 @@ def main():
         sys.exit("error: the data names no environment; give --env-id, or --eval-episodes 0")
 
     # the method's own lines, which a copied `update` needs too
-    probabilities = sampling_probabilities(data, args)
+    probabilities = trajectory_probabilities(data, args)
     reward = data.reward
     if args.reward_transform == "shift":
         reward = reward - 1

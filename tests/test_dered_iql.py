@@ -79,7 +79,7 @@ def test_probabilities():
     columns = [x[0].numpy() for x in make_batch(B=10)]
     data = dered.Data(*columns, np.array([0.0, 5, 10]), np.array([2, 3, 5]), None, (math.nan, math.nan))
     args = make_args(red_alpha=2, p_base=0.1)
-    one, two = [dered.sampling_probabilities(data, stage, args) for stage in dered.stages_of(args)]
+    one, two = [dered.stage_probabilities(data, stage, args) for stage in dered.stages_of(args)]
     weights = np.repeat([0.1, 0.6, 1.1], [2, 3, 5]) ** 2
     np.testing.assert_allclose(one, np.full(10, 0.1), rtol=1e-12)
     np.testing.assert_allclose(two, weights / weights.sum(), rtol=1e-12)
@@ -294,7 +294,7 @@ def test_stage_2_turns_to_the_good_episodes(finetune):
     agent = dered.Agent(OBS_DIM, ACTION_DIM, args)
     reached = []
     for stage in dered.stages_of(args):
-        sampler = dered.Sampler(dered.sampling_probabilities(data, stage, args), "cpu")
+        sampler = dered.Sampler(dered.stage_probabilities(data, stage, args), "cpu")
         for num_updates in stage.steps(0):
             for batch in sampler.draw([0], num_updates, 64):
                 update(agent, *[column[batch] for column in columns], stage, args)

@@ -56,7 +56,7 @@ def test_mean_return_of_draws(sampler, temperature, mean):
     args = make_args(sampler=sampler, temperature=temperature)
     for returns in (RETURNS, 7 * RETURNS - 100):
         with np.errstate(over="raise", invalid="raise", divide="raise"):
-            P = iql.sampling_probabilities(make_data(returns=returns), args)
+            P = iql.trajectory_probabilities(make_data(returns=returns), args)
         assert P.dtype == np.float64 and P.sum() == pytest.approx(1, abs=1e-12)
         assert P @ np.repeat(RETURNS, LENGTHS) == pytest.approx(mean, abs=1e-6)
 
@@ -68,12 +68,12 @@ def test_aw_weighs_what_the_first_observation_does_not_predict():
     lengths = np.array([1, 2, 3, 1, 2, 1])
     obs = np.full((10, 1), 50.0)  # what comes later is not looked at
     obs[np.cumsum(lengths) - lengths, 0] = x
-    P = iql.sampling_probabilities(make_data(lengths, 3 + 2 * x + u, obs), make_args(sampler="aw", temperature=0.5))
+    P = iql.trajectory_probabilities(make_data(lengths, 3 + 2 * x + u, obs), make_args(sampler="aw", temperature=0.5))
     weights = np.repeat(np.exp((u + 1) / 2 / 0.5), lengths)
     np.testing.assert_allclose(P, weights / weights.sum(), rtol=1e-9)
     alike = np.ones((10, 1))  # starts that say nothing: RW
     args = make_args(sampler="aw"), make_args(sampler="rw")
-    aw, rw = [iql.sampling_probabilities(make_data(obs=alike), x) for x in args]
+    aw, rw = [iql.trajectory_probabilities(make_data(obs=alike), x) for x in args]
     np.testing.assert_allclose(aw, rw, rtol=1e-9)
 
 
@@ -81,7 +81,7 @@ def test_aw_weighs_what_the_first_observation_does_not_predict():
 @pytest.mark.parametrize("returns", [[3.0] * 3, [0.1 + 0.2, 0.3, 0.3], [0.0] * 3, [1e9, 1e9 + 1e-6, 1e9]])
 def test_equal_returns_are_drawn_evenly(sampler, returns):
     with np.errstate(all="raise"):
-        P = iql.sampling_probabilities(make_data(returns=returns), make_args(sampler=sampler))
+        P = iql.trajectory_probabilities(make_data(returns=returns), make_args(sampler=sampler))
     np.testing.assert_allclose(P, 0.1)
 
 

@@ -170,9 +170,9 @@ def test_lds_weights_of_degenerate_returns(y):
 def test_sampling_probabilities():
     """Uniform, or only the episodes from the one on that the best tenth of the transitions begins in."""
     data = make_data([[0.01 * i] * 50 for i in range(20)])
-    p = rvs.sampling_probabilities(data, make_args())
+    p = rvs.uniform_or_top10(data, make_args())
     assert p.tolist() == [1 / 1000] * 1000
-    p = rvs.sampling_probabilities(data, make_args(sampler="top10"))
+    p = rvs.uniform_or_top10(data, make_args(sampler="top10"))
     assert p.tolist() == [0] * 900 + [1 / 100] * 100
 
 

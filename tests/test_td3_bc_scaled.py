@@ -241,7 +241,7 @@ def test_what_the_learner_sees(monkeypatch, tmp_path, transform, shift):
     monkeypatch.setattr(sys, "argv", ["td3_bc_scaled.py", *flags.split()])
     td3.main()
     *batch, noise = [torch.stack(x).numpy() for x in zip(*calls)]
-    i = td3.Sampler(td3.sampling_probabilities(data, make_args(sampler="rw", temperature=1)), "cpu")
+    i = td3.Sampler(td3.trajectory_probabilities(data, make_args(sampler="rw", temperature=1)), "cpu")
     i = torch.cat([i.draw([0, 1], step, 64) for step in range(0, 80, td3.CHUNK)]).numpy()
     for column, logged in zip(batch, (obs, action, reward + shift, next_obs, mask)):
         np.testing.assert_array_equal(column, logged[i])
