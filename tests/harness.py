@@ -16,6 +16,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -196,9 +197,9 @@ def refused(script, *flags):
     return message
 
 
-def record_updates(script, *flags):
+def record_updates(script, *flags, watch=None):
     """The agent's tensors before the first update of a run, and the inputs of all updates by name, on top
-    of each other: (updates, S, B, ...)."""
+    of each other: (updates, S, B, ...); as "watched" what watch(agent) was before each."""
     module = load(script)
     update = module.update
     names = list(inspect.signature(update).parameters)
@@ -209,13 +210,34 @@ def record_updates(script, *flags):
         if not first:
             first.update({name: x.clone() for name, x in agent.state_dict().items()})
         for name, x in zip(names[1:], args):
-            if hasattr(x, "numpy"):
-                inputs.setdefault(name, []).append(x.numpy().copy())
+            if hasattr(x, "numpy") or isinstance(x, bool):
+                inputs.setdefault(name, []).append(np.array(x))
+        if watch:
+            inputs.setdefault("watched", []).append(np.array(watch(agent)))
         return update(agent, *args)
 
     with mock.patch.object(module, "update", recording):
         run_main(script, *flags)
     return first, {name: np.stack(x) for name, x in inputs.items()}
+
+
+def run_on(script, data, *flags, watch=None):
+    """Runs a script on this Data, evaluations taking no time; returns the inputs of all updates by name, and the
+    policy that it evaluates last."""
+    module = load(script)
+    policies = []
+
+    def run_episode(policy, spec, references, run_dir, seeds, *job):
+        policies.append(pickle.loads(policy))
+        return np.zeros((len(seeds), 6))
+
+    data = data._replace(spec=gym.spec("Hopper-v5"))
+    patch = mock.patch.object
+    with patch(module, "load_data", lambda args: data), patch(module, "run_episode", run_episode):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = *flags, "--eval-episodes", 1, "--device", "cpu", "--run-dir", f"{folder}/run"
+            _, inputs = record_updates(script, *flags, watch=watch)
+    return inputs, policies[-1]
 
 
 # Processes ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ by hand, and an environment that keeps a log of its own."""
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 
 
@@ -79,6 +80,95 @@ def adams_with(agent, eps=1.0):
         optimizer.param_groups[0]["eps"] = eps
 
 
+def check_updates(script, agent, references, batches, args, atol=1e-7):
+    """Updates of all seeds in float64 against a reference of each: what is logged, and all parameters. Seeds do not
+    mix: a reference sees its own share of a batch, and what the seeds have in common."""
+    for batch in batches:
+        metrics = script.update(agent, *batch, args)
+        for s, reference in enumerate(references):
+            own = [x[s] if torch.is_tensor(x) and x.dim() else x for x in batch]
+            logged = {name: x[s].mean().item() for name, x in metrics.items()}
+            assert logged == pytest.approx(reference.update(*own), rel=1e-6)
+    assert not any(x.requires_grad for x in metrics.values())
+    for s, reference in enumerate(references):
+        reference.assert_same(agent, s, atol)
+
+
+class IQL(Learner):
+    """One seed of IQL, written from the equations."""
+
+    def update(self, obs, action, reward, next_obs, not_terminated):
+        args = self.args
+        obs_action = torch.cat([obs, action], 1)
+        target_q = torch.minimum(*forward(self.nets["target_critic"], obs_action)).squeeze(1)  # (B,)
+
+        u = target_q - forward(self.nets["value"], obs).squeeze()
+        value_loss = torch.mean(abs(args.expectile - 1.0 * (u < 0)) * u**2)
+        self.minimize(value=value_loss)
+        assert u.min() < 0 < u.max()  # the batch has both sides of the expectile
+
+        value = forward(self.nets["value"], obs).squeeze()
+        self.weight = torch.exp(args.beta * (target_q - value)).clamp(max=100)
+        log_std, *layers = self.nets["actor"]
+        policy = torch.distributions.Normal(forward(layers, obs)[0].tanh(), log_std[0].clamp(-5, 2).exp())
+        actor_loss = -torch.mean(self.weight * policy.log_prob(action).sum(1))
+        self.minimize(actor=actor_loss)
+
+        backup = reward + args.gamma * not_terminated * forward(self.nets["value"], next_obs).squeeze()
+        q1, q2 = forward(self.nets["critic"], obs_action).squeeze(2)
+        critic_loss = torch.mean((q1 - backup) ** 2) + torch.mean((q2 - backup) ** 2)
+        self.minimize(critic=critic_loss)
+        self.move_targets("critic")
+        losses = {"loss/value": value_loss, "loss/actor": actor_loss, "loss/critic": critic_loss}
+        values = {"value/v": value, "value/q": (q1 + q2) / 2, "value/advantage_weight": self.weight}
+        return {name: x.mean().item() for name, x in (losses | values).items()}
+
+
+class Scaled(Learner):
+    """What one seed of asac.py, awac.py, iql_scaled.py and td3_bc_scaled.py has in common: Normal policies of
+    deviation 0.2, ensembles of critics, Q_bar."""
+
+    def mean(self, obs):
+        return forward(self.nets["actor"], obs)[0].tanh()
+
+    def sample(self, obs, noise, bound=np.inf):
+        return (self.mean(obs) + (0.2 * noise).clamp(-bound, bound)).clamp(-1, 1)
+
+    def log_prob(self, obs, action):
+        return torch.distributions.Normal(self.mean(obs), 0.2).log_prob(action).sum(1)
+
+    def q(self, obs, action):
+        return forward(self.nets["critic"], obs, action).squeeze(2)  # (C, B)
+
+    def q_bar(self, obs, action, critic="critic"):
+        return pessimistic(forward(self.nets[critic], obs, action), self.args.pessimism)
+
+    def learn_critics(self, obs, action, reward, not_terminated, next_value):
+        """Towards these values of the next states; returns what to log."""
+        q = self.q(obs, action)
+        y = reward + self.args.gamma * not_terminated * next_value.detach()
+        loss = ((q - y) ** 2).mean(1).sum() / 2
+        self.minimize(critic=loss)
+        return {"loss/critic": loss, "value/q": q}
+
+    def smoothed_next_value(self, next_obs, noise):
+        """Q_bar of targets at an action with noise, which is bounded twice."""
+        next_action = self.sample(next_obs, noise, bound=0.3)
+        assert (0.2 * noise.abs() > 0.3).any() and (next_action.abs() == 1).any()
+        return self.q_bar(next_obs, next_action, "target_critic")
+
+    def learn_weighted_actor(self, obs, action, noise):
+        """Clones the logged actions by a softmax of their advantages, which have an upper bound."""
+        args = self.args
+        advantage = self.q(obs, action).mean(0) - self.q_bar(obs, self.sample(obs, noise))
+        assert 0 < (advantage > args.max_advantage).sum() < len(obs)
+        weight = (advantage.minimum(torch.tensor(args.max_advantage)) / args.beta).exp().detach()
+        weight = weight / weight.sum()
+        loss = -(weight * self.log_prob(obs, action)).sum()
+        self.minimize(actor=loss)
+        return {"loss/actor": loss, "value/advantage": advantage, "value/effective_batch": 1 / (weight**2).sum()}
+
+
 def linear_layers(mlp, i):
     """The i-th network of an MLP as torch.nn has it, in float64."""
     layers = []
@@ -96,7 +186,7 @@ def assert_same_layers(mlp, i, expected, atol):
 
 
 # Data ---------------------------------------------------------------------------------------------
-def random_batch(S, B, obs_dim, action_dim, noise_shape=0, seed=0):
+def random_batch(S, B, obs_dim, action_dim, noise_shape=0, seed=0, dtype=torch.float32):
     """Random obs, action, reward, next_obs, not_terminated, noise."""
     rng = np.random.default_rng(seed)
     obs, next_obs = rng.normal(size=(2, S, B, obs_dim))
@@ -104,7 +194,7 @@ def random_batch(S, B, obs_dim, action_dim, noise_shape=0, seed=0):
     reward = rng.normal(size=(S, B))
     not_terminated = rng.random((S, B)) > 0.25
     noise = rng.normal(size=noise_shape)
-    return [torch.from_numpy(np.float32(x)) for x in (obs, action, reward, next_obs, not_terminated, noise)]
+    return [torch.from_numpy(np.float32(x)).to(dtype) for x in (obs, action, reward, next_obs, not_terminated, noise)]
 
 
 def random_columns():
@@ -113,28 +203,6 @@ def random_columns():
     obs, next_obs = rng.normal(size=(2, 60, 4))
     action = rng.uniform(-1, 1, size=(60, 2))
     return [torch.from_numpy(x) for x in (obs, action, rng.normal(size=60), next_obs, 1.0 * (rng.random(60) > 0.25))]
-
-
-def four_states():
-    """3,000 transitions, the same columns, of a chain whose end pays 5, while a step (an action above 0) costs 0.1.
-    Most of the data quits, for 0.5 at once, and so does who clones it or who sees the next reward only."""
-    rng = np.random.default_rng(0)
-    eye = np.eye(4)
-    state = rng.integers(4, size=3000)
-    go = rng.random(3000) < 0.3
-    action = np.where(go, 0.5, -0.5) + 0.1 * rng.normal(size=3000)
-    reward = np.where(go, np.where(state == 3, 5, -0.1), 0.5)
-    terminated = ~go | (state == 3)
-    next_state = np.where(terminated, 3, state + 1)  # ends look like the best state, lest anyone bootstrap
-    columns = eye[state], action[:, None], reward, eye[next_state], ~terminated
-    return [torch.from_numpy(np.float32(column)) for column in columns]
-
-
-def assert_goes_on(actor, right):
-    """Who is right goes on in all four states, who is not in none of the first three; seed by seed."""
-    states = torch.eye(4).expand(len(next(actor.parameters())), -1, -1)
-    goes_on = actor(states) > 0  # (S, states, 1)
-    assert goes_on.all() if right else not goes_on[:, :3].any()
 
 
 # Environments -------------------------------------------------------------------------------------

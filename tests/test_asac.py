@@ -3,16 +3,14 @@ float64. Networks and acting, which its siblings share, are tested in theirs."""
 
 import itertools
 import math
-import sys
 
 import harness
 import numpy as np
 import pytest
 import torch
-from reference import Learner, adams_with, assert_goes_on, forward, four_states, pessimistic, random_columns, randomize
+from reference import Scaled, adams_with, check_updates, random_columns, randomize
 
 asac = harness.load("asac")
-update = asac.update
 
 OBS_DIM = 4
 ACTION_DIM = 2
@@ -21,12 +19,6 @@ INF = math.inf
 
 def make_args(**flags):
     return asac.Args(**{"hidden_sizes": (16, 16), "device": "cpu", **flags})
-
-
-def batches(columns, index):
-    """What `update` takes of transitions (S, 2 B), whose first half was drawn uniformly."""
-    half = index[:, : index.shape[1] // 2]
-    return [*[column[half] for column in columns], columns[0][index], columns[1][index], index]
 
 
 # The tree -----------------------------------------------------------------------------------------
@@ -149,54 +141,27 @@ def test_seeds_have_trees_of_their_own(tree_of):
         assert torch.equal(tree_of(leaves[s : s + 1]).draw(uniforms[s : s + 1])[0], drawn[s])
 
 
-def test_numbers_are_a_function_of_seed_and_update():
-    """Neighbours and global generators have no say, no two are alike, and the uniform ones are float64."""
-    seen = []
-    for step in (0, 20, 40):
-        together = asac.draw_numbers((0, 20, 40), step, 8, 2, ACTION_DIM, "cpu")
-        for s, seed in enumerate((0, 20, 40)):
-            torch.manual_seed(seed)
-            alone = asac.draw_numbers([seed], step, 8, 2, ACTION_DIM, "cpu")
-            assert all(torch.equal(x[:, s], y[:, 0]) for x, y in zip(together, alone))
-        seen.append(together[0].flatten())
-    uniforms = torch.cat(seen)
-    assert together[0].shape == (20, 3, 8, 4) and together[1].shape == (20, 3, 24, ACTION_DIM)
-    assert len(uniforms.unique()) == len(uniforms) and (uniforms.float() != uniforms).float().mean() > 0.9
-
-
 # The update ---------------------------------------------------------------------------------------
-class Reference(Learner):
-    """One seed of ASAC, written from the equations, with Adam by hand."""
+class Reference(Scaled):
+    """One seed of ASAC, written from the equations; `both` has the uniform batch and then the tree's."""
 
     def __init__(self, agent, s, args):
         super().__init__(agent, s, args)
         self.nets.pop("tree")
         self.logits = {}
 
-    def mean(self, obs):
-        return forward(self.nets["actor"], obs)[0].tanh()
-
     def update(self, obs, action, reward, next_obs, not_terminated, both_obs, both_action, index, noise):
-        """What the script logs of this seed."""
-        args = self.args
         B = len(obs)
-        next_action = (self.mean(next_obs) + (0.2 * noise[:B]).clamp(-0.3, 0.3)).clamp(-1, 1).detach()
-        next_q = pessimistic(forward(self.nets["target_critic"], next_obs, next_action), args.pessimism).detach()
-        q = forward(self.nets["critic"], obs, action).squeeze(2)  # (C, B)
-        critic_loss = ((q - reward - args.gamma * not_terminated * next_q) ** 2).mean(1).sum() / 2
-        self.minimize(critic=critic_loss)
-
-        policy = torch.distributions.Normal(self.mean(both_obs[B:]), 0.2)
-        actor_loss = -policy.log_prob(both_action[B:]).sum(1).mean()
+        next_value = self.smoothed_next_value(next_obs, noise[:B])
+        logs = self.learn_critics(obs, action, reward, not_terminated, next_value)
+        actor_loss = -self.log_prob(both_obs[B:], both_action[B:]).mean()
         self.minimize(actor=actor_loss)
         self.move_targets("critic")
-
-        policy_action = (self.mean(both_obs) + 0.2 * noise[B:]).clamp(-1, 1)
-        policy_q = pessimistic(forward(self.nets["critic"], both_obs, policy_action), args.pessimism)
-        advantage = forward(self.nets["critic"], both_obs, both_action).mean(0).squeeze(1) - policy_q
+        policy_q = self.q_bar(both_obs, self.sample(both_obs, noise[B:]))
+        advantage = self.q(both_obs, both_action).mean(0) - policy_q
         for i, x in zip(index.tolist(), advantage.tolist()):
-            self.logits[i] = x / args.beta
-        logs = {"loss/critic": critic_loss, "loss/actor": actor_loss, "value/q": q, "value/advantage": advantage}
+            self.logits[i] = x / self.args.beta
+        logs |= {"loss/actor": actor_loss, "value/advantage": advantage}
         return {name: x.mean().item() for name, x in logs.items()}
 
 
@@ -212,40 +177,29 @@ def test_updates_against_float64():
     references = [Reference(agent, s, args) for s in range(2)]
     columns = random_columns()
     rng = np.random.default_rng(0)
+    batches = []
     for _ in range(3):
         index = torch.from_numpy(rng.integers(50, size=(2, 48)))  # many twice
         noise = torch.from_numpy(rng.normal(size=(2, 72, ACTION_DIM)))
-        inputs = [*batches(columns, index), noise]
-        metrics = update(agent, *inputs, args)
-        for s, reference in enumerate(references):
-            logged = {name: x[s].item() for name, x in metrics.items()}
-            assert logged == pytest.approx(reference.update(*[x[s] for x in inputs]), rel=1e-9)
-    assert not any(x.requires_grad for x in metrics.values())
+        uniform = [column[index[:, :24]] for column in columns]
+        batches.append([*uniform, columns[0][index], columns[1][index], index, noise])
+    check_updates(asac, agent, references, batches, args)
     for s, reference in enumerate(references):
-        reference.assert_same(agent, s, atol=1e-9)
         leaves = torch.tensor([reference.logits.get(i, 0) for i in range(60)], dtype=torch.float64)
-        torch.testing.assert_close(agent.tree.levels[0][s], leaves, rtol=0, atol=1e-7)
+        torch.testing.assert_close(agent.tree.levels[0][s], leaves, rtol=0, atol=1e-6)
 
 
 # The method's own lines in main() -----------------------------------------------------------------
 @pytest.mark.parametrize("transform, shift", [("shift", -1), ("none", 0)])
-def test_what_the_learner_sees(monkeypatch, tmp_path, transform, shift):
+def test_what_the_learner_sees(transform, shift):
     """The critics' batch is even, the actor's from the tree as it was; both are where `index` says."""
     obs, action, reward, next_obs, not_terminated = [x.numpy() for x in random_columns()]
     ends = np.array([30.0, 3.0]), np.array([40, 20])
     data = asac.Data(obs, action, reward, next_obs, not_terminated < 1, *ends, None, (math.nan, math.nan))
-    calls = []
-
-    def recorder(agent, *inputs):
-        calls.append([x.numpy() for x in (agent.tree.levels[0].clone(), *inputs[:-1])])
-        return update(agent, *inputs)
-
-    monkeypatch.setattr(asac, "update", recorder)
-    monkeypatch.setattr(asac, "load_data", lambda args: data)
-    flags = f"--run-dir {tmp_path}/run --num-updates 80 --eval-episodes 0 --device cpu --hidden-sizes 16 --num-seeds 2"
-    monkeypatch.setattr(sys, "argv", ["asac.py", *flags.split(), "--reward-transform", transform, "--beta", "0.01"])
-    asac.main()
-    leaves, *batch, both_obs, both_action, index, noise = map(np.stack, zip(*calls))  # (updates, S, ...)
+    flags = "--num-updates 80 --hidden-sizes 16 --num-seeds 2 --beta 0.01 --reward-transform", transform
+    leaves_of = lambda agent: agent.tree.levels[0]
+    inputs, _ = harness.run_on("asac", data, *" ".join(flags).split(), watch=leaves_of)
+    *batch, both_obs, both_action, index, noise, leaves = inputs.values()  # (updates, S, ...)
     uniform = index[..., :512]
     for column, logged in zip(batch, (obs, action, reward + shift, next_obs, not_terminated)):
         np.testing.assert_array_equal(column, np.float32(logged[uniform]))
@@ -268,18 +222,3 @@ def test_presets():
     """Tables 7 and 8, Figure 7; what is given comes first."""
     args = asac.Args(preset="antmaze", beta=0.3)
     assert [getattr(args, name) for name in asac.ASAC_TESTBEDS["preset"]] == ["modern", 5, 0, 0.3, 2_000_000]
-
-
-# Learning -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags", [{}, {"beta": 1e9}, {"beta": -0.5}, {"gamma": 0.0}], ids=str)
-def test_a_chain_of_four_states(flags):
-    """Its end pays 5, a step costs 0.1. Most of the data quits, for 0.5 at once, and so does who clones it, who
-    flips the advantage, who sees the next reward only. ASAC goes on."""
-    columns = four_states()
-    args = make_args(num_seeds=3, learning_rate=3e-3, target_update_rate=0.05, **{"beta": 0.5, **flags})
-    agent = asac.Agent(4, 1, 3000, args)
-    for step in range(0, 600, asac.CHUNK):
-        for u, noise in zip(*asac.draw_numbers(range(3), step, 128, 0, 1, "cpu")):
-            index = torch.cat([(u[..., 0] * 3000).long(), agent.tree.draw(u[..., 1:])], 1)
-            update(agent, *batches(columns, index), noise, args)
-    assert_goes_on(agent.actor, right=not flags)

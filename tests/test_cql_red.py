@@ -3,19 +3,15 @@ torch.distributions, and whole updates in float64."""
 
 import itertools
 import math
-import pickle
-import sys
-from types import SimpleNamespace
 
 import harness
 import numpy as np
 import pytest
 import torch
-from reference import Learner, adams_with, copies, forward, randomize
+from reference import Learner, adams_with, check_updates, copies, forward, randomize
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 cql = harness.load("cql_red")
-update = cql.update
 
 OBS_DIM, ACTION_DIM = 4, 2
 N = 3  # num_action_samples
@@ -46,29 +42,11 @@ def make_batch(args, seed=0, action_dim=ACTION_DIM):
     return [torch.from_numpy(np.float32(x)) for x in (obs, action, reward, next_obs, not_terminated, noise)]
 
 
-# Noise and networks -------------------------------------------------------------------------------
-def test_noise_is_a_function_of_seed_and_update():
-    """Neighbours, earlier draws and global generators have no say; no two draws are alike, and all are normal."""
-    drawn = []
-    for step in (0, 20, 40):
-        together = cql.draw_noise([0, 20, 40], step, (50, 2), "cpu")  # (CHUNK, S, 50, 2)
-        for s in range(3):
-            torch.manual_seed(s)
-            assert torch.equal(together[:, s], cql.draw_noise([20 * s], step, (50, 2), "cpu")[:, 0])
-        drawn.append(together)
-    x = torch.stack(drawn).flatten().sort().values
-    assert len(x.unique()) > 0.99 * len(x)
-    distance = (Normal(0, 1).cdf(x) - torch.linspace(0, 1, len(x))).abs().max()  # Kolmogorov and Smirnov's
-    assert distance < 1.95 / math.sqrt(len(x))  # more has probability 0.001
-
-
+# Networks -------------------------------------------------------------------------------------
 def test_first_weights():
     """Hidden layers have variance 1 / in, cut at two deviations of the uncut normal, last layers are uniform in
-    +-0.0108; no two networks are alike; a seed's do not depend on its neighbours."""
-    agent = cql.Agent(OBS, ACTION_DIM, make_args(hidden_sizes=(256, 256), seed=3, num_seeds=3))
-    alone = cql.Agent(OBS, ACTION_DIM, make_args(hidden_sizes=(256, 256), seed=4))
-    assert all(torch.equal(x.chunk(3)[1], y) for x, y in zip(agent.parameters(), alone.parameters()))
-    assert all(map(torch.equal, agent.target_critic.parameters(), agent.critic.parameters()))
+    +-0.0108; no two networks are alike."""
+    agent = cql.Agent(OBS, ACTION_DIM, make_args(hidden_sizes=(256, 256), num_seeds=3))
     for net in (agent.actor.net, agent.critic):
         for weight in net.weights[:-1]:
             std = weight.shape[1] ** -0.5
@@ -114,45 +92,17 @@ def test_policy_by_hand():
 
 
 # The update ---------------------------------------------------------------------------------------
-SAMPLED_Q = [1.0, 2.0, 2.0, 3.0, 0.0, 1.0]  # of two actions drawn uniformly, from pi(.|s), from pi(.|s')
-LOG_DENSITY = [0.2, 0.1, -1.0, -0.5]  # of those of the policy
-
-
-def penalty_of(logged_q, sampled_q=SAMPLED_Q, log_density=LOG_DENSITY, action_dim=1, **flags):
-    """What `update` reports of one state whose critics and policy give these numbers."""
-    n = len(sampled_q) // 3
-    args = make_args(batch_size=1, num_action_samples=n, **flags)
-    agent = make_agent(args, action_dim=action_dim)
-    q = torch.tensor([logged_q, *sampled_q]).view(1, 1, -1, 1)
-    log_probs = iter(torch.tensor(log_density).view(2, 1, n, 1))
-
-    def zero():  # lets gradients pass
-        return 0 * sum(x.sum() for x in agent.parameters())
-
-    def sample(obs, noise):
-        return zero() + noise, zero() + torch.cat([torch.zeros(1, 1, 1), next(log_probs)], 1)
-
-    agent.actor.sample = sample
-    agent.critic.forward = lambda obs, actions: zero() + q[:, :, : actions.shape[1]].expand(1, 2, -1, 1)
-    batch = make_batch(args, action_dim=action_dim)
-    return update(agent, *batch, args)["loss/conservative_penalty"].item() / 2  # of two critics
-
-
-def test_penalty_by_hand():
-    """There is no -log(3 n): a constant Q under densities that are uniform has log(3 n 2^A)."""
-    assert penalty_of(2.5) == pytest.approx(1.444266, abs=1e-6)
-    assert penalty_of(20.0) == pytest.approx(-16.0557, abs=1e-4)
-    assert penalty_of(2.5, importance_sampling=False) == pytest.approx(1.479358, abs=1e-6)
-    for dims, penalty in ((1, 4.09434), (3, 5.48064), (6, 7.56008)):
-        assert penalty_of(7.0, [7.0] * 30, [-dims * math.log(2)] * 20, dims) == pytest.approx(penalty, abs=1e-5)
-
-
 class Reference(Learner):
     """One seed of CQL, written from the equations, one action at a time, with Adam by hand."""
 
     def __init__(self, agent, s, args, eps):
         super().__init__(agent, s, args, eps)
         self.nets["log_alpha"] = [agent.log_alpha.detach()[s].clone().requires_grad_()]
+
+    def assert_same(self, agent, s, atol):
+        for name in ("actor", "critic", "target_critic"):
+            torch.testing.assert_close(copies(getattr(agent, name), s, 2), self.nets[name], rtol=0, atol=atol)
+        torch.testing.assert_close(agent.log_alpha[s], self.nets["log_alpha"][0], rtol=0, atol=atol)
 
     def rate(self, name):
         return self.args.learning_rate if name == "critic" else self.args.policy_learning_rate
@@ -228,71 +178,15 @@ def test_updates_against_float64(importance, temperature, normalize, eps):
     agent.actor.log_std_shift.data[:, 0, 0] = torch.tensor([-20.0, 2.0])  # the bounds of log std
     adams_with(agent, eps)
     references = [Reference(agent, s, args, eps) for s in range(2)]
-    for n in range(3):
-        batch = [column.double() for column in make_batch(args, seed=n)]
-        metrics = update(agent, *batch, args)
-        for s, reference in enumerate(references):
-            logged = {name: x[s].mean().item() for name, x in metrics.items()}
-            assert logged == pytest.approx(reference.update(*[column[s] for column in batch]), rel=1e-6)
-    for s, reference in enumerate(references):
-        for name in ("actor", "critic", "target_critic"):
-            torch.testing.assert_close(copies(getattr(agent, name), s, 2), reference.nets[name], rtol=0, atol=1e-7)
-        assert agent.log_alpha[s].item() == pytest.approx(reference.nets["log_alpha"][0].item(), abs=1e-7)
-    assert not any(x.requires_grad for x in metrics.values())
-
-
-# The method's own lines in main() -----------------------------------------------------------------
-@pytest.mark.parametrize("transform, factor, shift, normalize", [("none", 1, 0, False), ("stretch", 10, -5, True)])
-def test_what_the_learner_sees(monkeypatch, tmp_path, transform, factor, shift, normalize):
-    """Rewards transformed, actions clipped, the rest as logged; ReD ranks by returns as logged. What is evaluated
-    takes observations as logged, whatever the learner makes of them."""
-    # transitions are numbered by the first number of their observations, and by their rewards
-    obs, action, reward, next_obs, mask, _ = [x[0].numpy() for x in make_batch(make_args(batch_size=63))]
-    obs[:, 0] = reward[:] = np.arange(63)
-    columns = obs, action.round(), reward, next_obs, mask == 0  # actions -1, 0 and 1
-    episodes = np.array([0, 1, 0.25, 0.5]), np.array([3, 40, 8, 12])
-    data = cql.Data(*columns, *episodes, SimpleNamespace(id="Hopper-v5", kwargs={}), (0.0, 100.0))
-    calls, policies = [], []
-
-    def recorder(agent, *batch_and_args):
-        calls.append((agent, *[x.clone() for x in batch_and_args[:-1]]))
-        return update(agent, *batch_and_args)
-
-    def submit(run_episode, policy, *job):
-        policies.append(pickle.loads(policy))
-        return SimpleNamespace(result=lambda: np.ones((1, 6)))
-
-    monkeypatch.setattr(cql, "update", recorder)
-    monkeypatch.setattr(cql, "ProcessPoolExecutor", lambda *args: SimpleNamespace(submit=submit))
-    monkeypatch.setattr(cql, "load_data", lambda args: data)
-    argv = f"cql_red.py --run-dir {tmp_path}/run --num-updates 40 --eval-episodes 1 --device cpu --hidden-sizes 16 16"
-    argv += f" --reward-transform {transform} --num-action-samples {N}"
-    monkeypatch.setattr(sys, "argv", argv.split() + ["--normalize-obs"] * normalize)
-    cql.main()
-
-    agents, *columns = zip(*calls)
-    obs, action, reward, next_obs, not_terminated, noise = [torch.stack(x).numpy() for x in columns]
-    i = obs[..., 0].astype(int)
-    np.testing.assert_allclose(reward, factor * data.reward[i] + shift, rtol=1e-6)
-    np.testing.assert_allclose(action, 0.999 * data.action[i], rtol=1e-6)
-    np.testing.assert_array_equal(obs, data.obs[i])
-    np.testing.assert_array_equal(next_obs, data.next_obs[i])
-    np.testing.assert_array_equal(not_terminated, 1 - data.terminated[i])
-    P = np.repeat(data.returns, data.lengths) / (data.returns @ data.lengths)
-    share = np.bincount(i.flatten(), minlength=63) / i.size
-    assert np.all(np.abs(share - P) <= 5 * np.sqrt(P * (1 - P) / i.size))
-    assert len(np.unique(noise)) > 0.99 * 40 * (3 * N + 2) * 256 * ACTION_DIM  # every update has its own
-
-    seen = data.obs.astype(np.float64)
-    if normalize:
-        seen = (seen - seen.mean(0)) / (seen.std(0) + 1e-3)
-    layers = copies(agents[0].actor.net, 0, 1)
-    expected = forward(layers, torch.from_numpy(seen).float())[0, :, :ACTION_DIM].tanh()
-    torch.testing.assert_close(policies[-1](torch.from_numpy(data.obs)[None])[0], expected, rtol=1e-4, atol=1e-5)
+    batches = [[column.double() for column in make_batch(args, seed=seed)] for seed in range(3)]
+    check_updates(cql, agent, references, batches, args)
 
 
 # Learning -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags, low, high", [({}, 0.1, 0.45), ({"gamma": 0}, -1, 0), ({"cql_alpha": 0}, 0.48, 1)])
+@pytest.mark.parametrize(
+    "flags, low, high",
+    [("--cql-alpha 1", 0.1, 0.45), ("--cql-alpha 1 --gamma 0", -1, 0), ("--cql-alpha 0", 0.48, 1)],
+)
 def test_a_game_of_three_states(flags, low, high):
     """Logged actions are around 0, which is what cloning finds. In the first state a larger one costs more at once,
     but leads to the better of two states. CQL pays for it, and stays among logged actions (5 % are above 0.49)."""
@@ -302,18 +196,12 @@ def test_a_game_of_three_states(flags, low, high):
     reward = np.select([state == 0, state == 1], [-a, 4 - 4 * (a - 0.3) ** 2], -4 * (a + 0.3) ** 2)
     good = rng.random(4000) < 1 / (1 + np.exp(-8 * a))
     next_state = np.where((state > 0) | good, 1, 2)  # ends look like the best state, lest anyone bootstrap
-    columns = np.eye(3)[state], a[:, None], reward, np.eye(3)[next_state], state == 0
-    columns = [torch.from_numpy(np.float32(column)) for column in columns]
-    small = {"hidden_sizes": (32, 32), "num_seeds": 3, "batch_size": 64, "learning_rate": 3e-3}
-    small |= {"policy_learning_rate": 3e-3, "target_update_rate": 0.05, "cql_alpha": 1.0}
-    args = make_args(**{**small, **flags})
-    agent = cql.Agent(np.eye(3), 1, args)
-    sampler = cql.Sampler(np.full(4000, 1 / 4000), "cpu")
-    for step in range(0, 300, cql.CHUNK):
-        noise = cql.draw_noise(range(3), step, (3 * N + 2, 64, 1), "cpu")
-        for batch, row in zip(sampler.draw(range(3), step, 64), noise):
-            update(agent, *[column[batch] for column in columns], row, args)
-    action = agent.actor(torch.eye(3).expand(3, 3, 3))[..., 0]  # (S, states)
+    columns = np.eye(3)[state], a[:, None], reward, np.eye(3)[next_state], state > 0
+    data = cql.Data(*columns, np.array([0.0, 1.0]), np.array([2000, 2000]), None, (math.nan, math.nan))
+    small = "--hidden-sizes 32 32 --num-seeds 3 --batch-size 64 --learning-rate 3e-3 --policy-learning-rate 3e-3"
+    small += " --target-update-rate 0.05 --num-action-samples 3 --num-updates 300 --sampler uniform --normalize-obs"
+    _, policy = harness.run_on("cql_red", data, *small.split(), *flags.split())
+    action = policy(torch.eye(3).expand(3, 3, 3))[..., 0]  # (S, states), of observations as logged
     assert ((action[:, 0] > low) & (action[:, 0] < high)).all(), action
-    if not flags:
+    if flags == "--cql-alpha 1":
         assert (action[:, 1] > 0.05).all() and (action[:, 2] < -0.05).all(), action

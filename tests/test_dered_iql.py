@@ -1,7 +1,6 @@
 """What dered_iql.py adds to iql_red.py: two stages, their draws, step sizes and what they move; whole updates
 in each against float64; runs that stop in either. Networks and losses one by one: see test_iql_red.py."""
 
-import itertools
 import math
 import types
 
@@ -9,7 +8,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from reference import Learner, adams_with, forward, random_batch, randomize
+from reference import IQL, adams_with, check_updates, random_batch, randomize
 
 dered = harness.load("dered_iql")
 update = dered.update
@@ -30,9 +29,9 @@ def make_agent(args, size=0.5):
     return agent
 
 
-def make_batch(S=1, B=32, seed=0):
+def make_batch(S=1, B=32, seed=0, dtype=torch.float32):
     """Random obs, action, reward, next_obs, not_terminated."""
-    return random_batch(S, B, OBS_DIM, ACTION_DIM, seed=seed)[:-1]
+    return random_batch(S, B, OBS_DIM, ACTION_DIM, 0, seed, dtype)[:-1]
 
 
 def tensors(agent):
@@ -124,8 +123,8 @@ def test_heads_rest_to_the_bit_in_stage_2(hidden_sizes, finetune):
 
 
 # The update in either stage against float64 -------------------------------------------------------
-class Reference(Learner):
-    """One seed of DeReD, written from the equations, with Adam by hand."""
+class Reference(IQL):
+    """One seed of DeReD: IQL, some of whose layers rest."""
 
     def begin(self, rate, heads_rest):
         """New Adams. Heads are the last of all weights and of all biases; the actor's log_std comes before them."""
@@ -139,50 +138,23 @@ class Reference(Learner):
         if id(x) not in self.resting:
             super().step(x, gradient, self.stage_rate)
 
-    def update(self, obs, action, reward, next_obs, not_terminated):
-        """The three losses."""
-        args = self.args
-        obs_action = torch.cat([obs, action], 1)
-        target_q = torch.minimum(*forward(self.nets["target_critic"], obs_action)).squeeze(1)
-        u = target_q - forward(self.nets["value"], obs).squeeze()
-        value_loss = torch.mean(abs(args.expectile - 1.0 * (u < 0)) * u**2)
-        self.minimize(value=value_loss)
-
-        value = forward(self.nets["value"], obs).squeeze()
-        weight = torch.exp(args.beta * (target_q - value)).clamp(max=100).detach()
-        log_std, *layers = self.nets["actor"]
-        policy = torch.distributions.Normal(forward(layers, obs)[0].tanh(), log_std[0].exp())
-        actor_loss = -torch.mean(weight * policy.log_prob(action).sum(1))
-        self.minimize(actor=actor_loss)
-
-        backup = reward + args.gamma * not_terminated * forward(self.nets["value"], next_obs).squeeze()
-        q1, q2 = forward(self.nets["critic"], obs_action).squeeze(2)
-        critic_loss = torch.mean((q1 - backup.detach()) ** 2) + torch.mean((q2 - backup.detach()) ** 2)
-        self.minimize(critic=critic_loss)
-        self.move_targets("critic")
-        return value_loss.item(), actor_loss.item(), critic_loss.item()
+    def update(self, *columns_and_stage):
+        return super().update(*columns_and_stage[:-1])
 
 
 @pytest.mark.parametrize("finetune", ["backbone", "all"])
 def test_both_stages_against_float64(finetune):
-    """Three updates of stage 1, then three of stage 2, of two seeds that do not mix: losses, parameters."""
+    """Three updates of stage 1, then three of stage 2, of two seeds that do not mix: logs, parameters."""
     exact = {"learning_rate": 2**-5, "stage2_rate": 0.5, "target_update_rate": 0.25, "expectile": 0.75}
     args = make_args(num_seeds=2, finetune=finetune, **exact)
     agent = make_agent(args).double()
     adams_with(agent, eps=1)  # with 1e-8, Adam's steps do not tell a mean from a sum
     references = [Reference(agent, s, args) for s in range(2)]
-    batches = itertools.count()
     for stage, rate, resting in zip(dered.stages_of(args), (2**-5, 2**-6), (False, finetune == "backbone")):
         for reference in references:
             reference.begin(rate, resting)
-        for _ in range(3):
-            batch = [column.double() for column in make_batch(S=2, seed=next(batches))]
-            metrics = update(agent, *batch, stage, args)
-            for s, reference in enumerate(references):
-                losses = [metrics[f"loss/{name}"][s].item() for name in NETWORKS]
-                assert losses == pytest.approx(reference.update(*[x[s] for x in batch]), rel=1e-7)
-        for s, reference in enumerate(references):
-            reference.assert_same(agent, s, atol=1e-7)
+        batches = [make_batch(S=2, seed=seed, dtype=torch.float64) + [stage] for seed in range(3)]
+        check_updates(dered, agent, references, batches, args)
 
 
 # Runs ---------------------------------------------------------------------------------------------

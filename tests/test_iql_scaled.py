@@ -2,16 +2,14 @@
 in float64. The networks are those of asac.py, td3_bc_scaled.py and awac.py too."""
 
 import math
-import sys
 
 import harness
 import numpy as np
 import pytest
 import torch
-from reference import Learner, adams_with, assert_goes_on, forward, four_states, pessimistic, random_batch, randomize
+from reference import Scaled, adams_with, check_updates, forward, random_batch, randomize
 
 iql = harness.load("iql_scaled")
-update = iql.update
 
 OBS_DIM = 4
 ACTION_DIM = 2
@@ -31,9 +29,9 @@ def make_agent(args, size=0.5):
     return agent
 
 
-def make_batch(S=1, B=32, seed=0):
+def make_batch(S=1, B=32, seed=0, dtype=torch.float32):
     """Random obs, action, reward, next_obs, not_terminated, noise."""
-    return random_batch(S, B, OBS_DIM, ACTION_DIM, (S, B, ACTION_DIM), seed)
+    return random_batch(S, B, OBS_DIM, ACTION_DIM, (S, B, ACTION_DIM), seed, dtype)
 
 
 def make_data(lengths=LENGTHS, returns=RETURNS, obs=None):
@@ -140,14 +138,8 @@ def test_sizes(monkeypatch, architecture, actor, critic, value):
 
 @pytest.mark.parametrize("flags", [{}, MODERN], ids=str)
 def test_first_weights(flags):
-    """Orthogonal, gain 1 for the actor and sqrt(2) for the critics, V as torch.nn.Linear; no two alike; a seed's do not
-    depend on its neighbours."""
-    agent = iql.Agent(OBS_DIM, ACTION_DIM, make_args(seed=3, num_seeds=3, num_critics=3, **flags))
-    alone = iql.Agent(OBS_DIM, ACTION_DIM, make_args(seed=4, num_critics=3, **flags))
-    for (name, x), y in zip(agent.state_dict().items(), alone.state_dict().values()):
-        assert torch.equal(x.chunk(3)[1], y), name
-    for target, online in zip(agent.target_critic.state_dict().values(), agent.critic.state_dict().values()):
-        assert torch.equal(target, online)
+    """Orthogonal, gain 1 for the actor and sqrt(2) for the critics, V as torch.nn.Linear; no two alike."""
+    agent = iql.Agent(OBS_DIM, ACTION_DIM, make_args(num_seeds=3, num_critics=3, **flags))
     for net, square in ((agent.actor.net, 1), (agent.critic, 2)):
         for weight in net.weights:
             small = weight.mT @ weight if weight.shape[1] > weight.shape[2] else weight @ weight.mT
@@ -165,57 +157,27 @@ def test_targets_take_over_the_singular_vectors():
     args = make_args(**MODERN)
     agent = make_agent(args)
     first = agent.critic.stretched.clone()
-    update(agent, *make_batch(), args)
+    iql.update(agent, *make_batch(), args)
     assert torch.equal(agent.target_critic.stretched, agent.critic.stretched)
     assert not torch.equal(agent.critic.stretched, first)
 
 
 # The update ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("p, expectile, best", [(0.5, 0.7, 0.7), (0.1, 0.9, 0.5), (0.25, 0.9, 0.75)])
-def test_value_is_the_expectile_of_a_coin(p, expectile, best):
-    """Q_bar is 1 in a share p of the batch, else 0. V rises below its expectile and falls above it."""
-    args = make_args(expectile=expectile, hidden_sizes=(1,))
-    obs, action, *rest = make_batch(B=100)
-    action[..., 0] = torch.arange(100) < 100 * p
-    for value, step in ((best - 0.01, 3e-4), (best + 0.01, -3e-4)):
-        agent = make_agent(args, size=0)
-        agent.value.biases[-1].data += value
-        agent.target_critic.weights[0].data[:, OBS_DIM] = 1  # Q(s, a) is the action's first number,
-        agent.target_critic.weights[1].data += 1
-        agent.target_critic.biases[1].data[1] = 0.5  # and one half more in the second critic
-        update(agent, obs, action, *rest, args)
-        assert agent.value.biases[-1].item() - value == pytest.approx(step, rel=1e-3)
-
-
-class Reference(Learner):
-    """One seed of IQL at scale, written from the equations, with Adam by hand."""
+class Reference(Scaled):
+    """One seed of IQL at scale, written from the equations."""
 
     def update(self, obs, action, reward, next_obs, not_terminated, noise):
-        """What the script logs of this seed."""
         args = self.args
         value = forward(self.nets["value"], obs).squeeze()
-        u = pessimistic(forward(self.nets["target_critic"], obs, action), args.pessimism).detach() - value
+        u = self.q_bar(obs, action, "target_critic").detach() - value
         value_loss = torch.mean(abs(args.expectile - 1.0 * (u < 0)) * u**2)
         self.minimize(value=value_loss)
-
-        backup = reward + args.gamma * not_terminated * forward(self.nets["value"], next_obs).squeeze().detach()
-        q = forward(self.nets["critic"], obs, action).squeeze(2)  # (C, B)
-        critic_loss = ((q - backup) ** 2).mean(1).sum() / 2
-        self.minimize(critic=critic_loss)
-
-        policy = torch.distributions.Normal(forward(self.nets["actor"], obs)[0].tanh(), 0.2)
-        drawn = (policy.mean + 0.2 * noise).clamp(-1, 1)
-        advantage = forward(self.nets["critic"], obs, action).mean(0).squeeze(1)
-        advantage = advantage - pessimistic(forward(self.nets["critic"], obs, drawn), args.pessimism)
-        weight = torch.exp(advantage.detach().clamp(max=args.max_advantage) / args.beta)
-        weight = weight / weight.sum()
-        actor_loss = -(weight * policy.log_prob(action).sum(1)).sum()
-        self.minimize(actor=actor_loss)
+        assert u.min() < 0 < u.max()  # the batch has both sides of the expectile
+        logs = {"loss/value": value_loss, "value/v": value}
+        next_value = forward(self.nets["value"], next_obs).squeeze()
+        logs |= self.learn_critics(obs, action, reward, not_terminated, next_value)
+        logs |= self.learn_weighted_actor(obs, action, noise)
         self.move_targets("critic")
-
-        assert u.min() < 0 < u.max() and (advantage > args.max_advantage).sum() > 2
-        logs = {"loss/value": value_loss, "loss/critic": critic_loss, "loss/actor": actor_loss, "value/v": value}
-        logs |= {"value/q": q, "value/advantage": advantage, "value/effective_batch": 1 / (weight**2).sum()}
         return {name: x.mean().item() for name, x in logs.items()}
 
 
@@ -227,53 +189,5 @@ def test_updates_against_float64():
     agent = make_agent(args).double()
     adams_with(agent, eps=1)
     references = [Reference(agent, s, args) for s in range(2)]
-    for n in range(3):
-        batch = [column.double() for column in make_batch(S=2, seed=n)]
-        metrics = update(agent, *batch, args)
-        for s, reference in enumerate(references):
-            logged = {name: x[s].item() for name, x in metrics.items()}
-            assert logged == pytest.approx(reference.update(*[column[s] for column in batch]), rel=1e-9)
-    assert not any(x.requires_grad for x in metrics.values())
-    for s, reference in enumerate(references):
-        reference.assert_same(agent, s, atol=1e-9)
-
-
-# The method's own lines in main() -----------------------------------------------------------------
-@pytest.mark.parametrize("transform, shift", [("shift", -1), ("none", 0)])
-def test_what_the_learner_sees(monkeypatch, tmp_path, transform, shift):
-    """Rewards transformed, the rest as logged; the sampler ranks by returns as logged."""
-    data = make_data([3, 40, 8, 12], [0, 1, 0.25, 0.5])
-    calls = []
-    monkeypatch.setattr(iql, "update", lambda *inputs: calls.append(inputs[1:7]) or update(*inputs))
-    monkeypatch.setattr(iql, "load_data", lambda args: data)
-    flags = f"--run-dir {tmp_path}/run --num-updates 80 --eval-episodes 0 --device cpu --hidden-sizes 16 --num-seeds 2"
-    flags += f" --reward-transform {transform} --sampler red --batch-size 64"
-    monkeypatch.setattr(sys, "argv", ["iql_scaled.py", *flags.split()])
-    iql.main()
-    obs, action, reward, next_obs, not_terminated, noise = [torch.stack(x).numpy() for x in zip(*calls)]
-    i = obs[..., 0].astype(int)
-    logged = data.obs, data.action, data.reward + shift, data.next_obs, 1 - data.terminated
-    for column, expected in zip((obs, action, reward, next_obs, not_terminated), logged):
-        np.testing.assert_array_equal(column, expected[i])
-    P = np.repeat(data.returns, data.lengths)
-    P = P / P.sum()
-    share = np.bincount(i.ravel(), minlength=len(P)) / i.size
-    assert np.all(np.abs(share - P) <= 5 * np.sqrt(P * (1 - P) / i.size))
-    drawn = [iql.draw_noise([0, 1], step, (64, ACTION_DIM), "cpu") for step in range(0, 80, iql.CHUNK)]
-    np.testing.assert_array_equal(noise, np.concatenate(drawn))
-
-
-# Learning -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags", [{}, {"beta": 1e9}, {"beta": -0.5}, {"gamma": 0.0}], ids=str)
-def test_a_chain_of_four_states(flags):
-    """Its end pays 5, a step costs 0.1. Most of the data quits, for 0.5 at once, and so does who clones it, who
-    flips the advantage, who sees the next reward only. IQL goes on."""
-    columns = four_states()
-    own = {"beta": 0.5, "expectile": 0.9, **flags}
-    args = make_args(num_seeds=3, learning_rate=3e-3, target_update_rate=0.05, **own)
-    agent = iql.Agent(4, 1, args)
-    sampler = iql.Sampler(np.full(3000, 1 / 3000), "cpu")
-    for step in range(0, 600, iql.CHUNK):
-        for batch, noise in zip(sampler.draw(range(3), step, 128), iql.draw_noise(range(3), step, (128, 1), "cpu")):
-            update(agent, *[column[batch] for column in columns], noise, args)
-    assert_goes_on(agent.actor, right=not flags)
+    batches = [make_batch(S=2, seed=seed, dtype=torch.float64) for seed in range(3)]
+    check_updates(iql, agent, references, batches, args)

@@ -326,7 +326,7 @@ def test_a_run_without_environment_can_be_evaluated_in_one(script, tmp_path):
 @scripts
 def test_a_seed_alone_is_the_same_seed_among_others(script, data, tmp_path):
     """Seed 3 of 0 to 4: equal first weights, equal draws; after 60 updates equal weights up to float32, and
-    moments of Adam, which show a gradient's scale."""
+    moments of Adam, which show a gradient's scale. Targets begin as what they follow."""
     flags = "--dataset", data, *harness.small(script), *harness.length(script, 60, 20), "--eval-episodes", 0
     among = "--num-seeds", 5, "--run-dir", tmp_path / "among"
     alone = "--seed", 3, "--run-dir", tmp_path / "alone"
@@ -342,6 +342,8 @@ def test_a_seed_alone_is_the_same_seed_among_others(script, data, tmp_path):
 
     for name, x in first_alone.items():
         assert torch.equal(of_seed_3(first[name], x), x), name
+        if name.startswith("target_"):
+            assert torch.equal(x, first_alone[name.removeprefix("target_")])
     last = harness.leaves(tmp_path / "among")
     last_alone = harness.leaves(tmp_path / "alone")
     for name, x in last_alone.items():

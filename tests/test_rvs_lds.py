@@ -14,10 +14,9 @@ import harness
 import numpy as np
 import pytest
 import torch
-from reference import Learner, randomize
+from reference import Learner, check_updates, randomize
 
 rvs = harness.load("rvs_lds")
-update = rvs.update
 
 OBS_DIM = 5  # the condition included
 ACTION_DIM = 2
@@ -195,12 +194,8 @@ def test_units_that_dropout_leaves(dropout):
 
 # Networks -----------------------------------------------------------------------------------------
 def test_first_weights():
-    """Orthogonal with gain sqrt(2), 0.01 at the output; a seed's do not depend on its neighbours."""
-    obs = np.zeros((9, OBS_DIM))
-    agent = rvs.Agent(obs, ACTION_DIM, make_args(seed=3, num_seeds=3, layernorm=True))
-    alone = rvs.Agent(obs, ACTION_DIM, make_args(seed=4, layernorm=True))
-    for x, y in zip(agent.parameters(), alone.parameters(), strict=True):
-        assert torch.equal(x[1:2], y)
+    """Orthogonal with gain sqrt(2), 0.01 at the output."""
+    agent = rvs.Agent(np.zeros((9, OBS_DIM)), ACTION_DIM, make_args(num_seeds=3, layernorm=True))
     for weight, gain in zip(agent.actor.weights, (2**0.5, 2**0.5, 0.01)):
         for w in weight.detach():
             small = w @ w.T if w.shape[0] < w.shape[1] else w.T @ w
@@ -245,7 +240,12 @@ class Reference(Learner):
         loss = -torch.mean(weight * log_prob)
         for x, gradient in zip(net.values(), torch.autograd.grad(loss, list(net.values()))):
             self.step(x, gradient + args.weight_decay * x.detach(), args.learning_rate)
-        return loss.item(), -log_prob.mean().item()
+        logs = {"loss/actor": loss, "loss/negative_log_likelihood": -log_prob, "policy/log_std": net["log_std"]}
+        return {name: x.mean().item() for name, x in logs.items()}
+
+    def assert_same(self, agent, s, atol):
+        for name, x in agent.actor.named_parameters():
+            torch.testing.assert_close(x[s], self.net[name], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("layernorm", [False, True])
@@ -257,36 +257,20 @@ def test_updates_against_float64(layernorm):
     agent.actor.log_std.data[0, 0] = torch.tensor([2.5, -0.5])  # one beyond its bound
     agent.optimizers["actor"].param_groups[0]["eps"] = 1  # with 1e-8, steps do not tell a mean from a sum
     references = [Reference(agent, s, args) for s in range(2)]
+    batches = []
     for n in range(4):
         *batch, kept = make_batch(args, seed=n)
-        batch = [x.double() for x in batch]
-        metrics = update(agent, *batch, kept, args)
-        for s, reference in enumerate(references):
-            losses = [x[s].mean().item() for name, x in metrics.items() if name.startswith("loss/")]
-            assert losses == pytest.approx(reference.update(*(x[s] for x in batch), kept[s]), rel=1e-9)
-    for name, x in agent.actor.named_parameters():
-        for s, reference in enumerate(references):
-            torch.testing.assert_close(x[s], reference.net[name], rtol=0, atol=1e-9)
-    assert not any(x.requires_grad for x in metrics.values())
+        batches.append([*(x.double() for x in batch), kept])
+    check_updates(rvs, agent, references, batches, args)
 
 
 @pytest.mark.parametrize("condition, weighting", [("return", "lds"), ("average", "none"), ("none", "lds")])
-def test_what_update_gets(condition, weighting, monkeypatch, tmp_path):
+def test_what_update_gets(condition, weighting):
     """Logged steps: observation and condition, action, weight of the return-to-go; new masks each time."""
     data = make_data([np.arange(1.0, n) for n in (4, 7, 20)])
-    calls = []
-
-    def recorder(agent, *inputs):
-        calls.append(inputs[:-1])
-        return update(agent, *inputs)
-
-    monkeypatch.setattr(rvs, "update", recorder)
-    monkeypatch.setattr(rvs, "load_data", lambda args: data)
-    flags = f"--num-updates 40 --hidden-sizes 8 8 --eval-episodes 0 --run-dir {tmp_path / 'run'}"
-    flags += f" --condition {condition} --weighting {weighting}"
-    monkeypatch.setattr(sys, "argv", ["rvs_lds.py", *flags.split()])
-    rvs.main()
-    obs, action, weight, kept = [torch.stack(x).numpy() for x in zip(*calls)]
+    flags = "--num-updates 40 --hidden-sizes 8 8 --condition", condition, "--weighting", weighting
+    inputs, _ = harness.run_on("rvs_lds", data, *" ".join(flags).split())
+    obs, action, weight, kept = inputs.values()
     i = np.rint((action[..., 0] + 1) / 2 * (len(data.obs) - 1)).astype(int)
     G = np.concatenate([np.cumsum(np.arange(n - 1.0, 0, -1))[::-1] for n in (4, 7, 20)])
     columns = {"return": [G], "average": [G / (19 - data.obs[:, 0])], "none": []}

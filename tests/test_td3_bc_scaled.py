@@ -3,16 +3,14 @@ float64. Q_bar and acting are those of asac.py, iql_scaled.py and awac.py too.""
 
 import math
 import pickle
-import sys
 
 import harness
 import numpy as np
 import pytest
 import torch
-from reference import Learner, adams_with, assert_goes_on, forward, four_states, pessimistic, random_batch, randomize
+from reference import Scaled, adams_with, check_updates, random_batch, randomize
 
 td3 = harness.load("td3_bc_scaled")
-update = td3.update
 
 OBS_DIM = 4
 ACTION_DIM = 2
@@ -29,21 +27,9 @@ def make_agent(args, size=0.5):
     return agent
 
 
-def make_batch(S=1, B=32, seed=0):
+def make_batch(S=1, B=32, seed=0, dtype=torch.float32):
     """Random obs, action, reward, next_obs, not_terminated, noise."""
-    return random_batch(S, B, OBS_DIM, ACTION_DIM, (S, 2 * B, ACTION_DIM), seed)
-
-
-def set_linear(net, i, slope, biases=(0.0,)):
-    """Makes networks of two hidden layers slope * input i + bias, as relu(z) - relu(-z)."""
-    for x in [*net.parameters()]:
-        x.data.zero_()
-    net.weights[0].data[:, i, 0] = slope
-    net.weights[0].data[:, i, 1] = -slope
-    net.weights[1].data[:, 0, 0] = net.weights[1].data[:, 1, 1] = 1
-    net.weights[2].data[:, 0] = 1
-    net.weights[2].data[:, 1] = -1
-    net.biases[2].data[:] = torch.tensor(biases).view(-1, 1, 1)
+    return random_batch(S, B, OBS_DIM, ACTION_DIM, (S, 2 * B, ACTION_DIM), seed, dtype)
 
 
 # Ensemble and acting ------------------------------------------------------------------------------
@@ -71,7 +57,9 @@ def best_of(q, **flags):
             return q(obs_action[..., OBS_DIM:])[..., None]
 
     agent = make_agent(make_args(**flags))
-    set_linear(agent.actor.net, 0, 0.0, [math.atanh(0.5)])
+    for parameter in agent.actor.net.parameters():
+        parameter.data.zero_()
+    agent.actor.net.biases[-1].data += math.atanh(0.5)
     agent.critic = Critics()
     return td3.BestOfSamples(agent, make_args(**flags))
 
@@ -121,145 +109,31 @@ def test_an_episode_of_best_of_samples_is_repeatable():
 
 
 # The update ---------------------------------------------------------------------------------------
-def bellman_target(noise, mean_action=0.5, not_terminated=1.0, biases=(0.0, 0.0), **flags):
-    """y of a transition with r = 1.5, gamma = 0.5 and Q_target(s', a') = 3 a'_0 + biases, from the loss at Q = 0."""
-    args = make_args(gamma=0.5, num_critics=len(biases), **flags)
-    agent = make_agent(args)
-    set_linear(agent.target_critic, OBS_DIM, 3.0, biases)
-    set_linear(agent.critic, 0, 0.0)
-    set_linear(agent.actor.net, 0, 0.0, [math.atanh(mean_action)])
-    obs, action, reward, next_obs, mask, _ = make_batch(B=1)
-    noise = torch.tensor([[[noise] * 2, [5.0] * 2]])
-    metrics = update(agent, obs, action, reward.fill_(1.5), next_obs, mask.fill_(not_terminated), noise, args)
-    return math.sqrt(2 * metrics["loss/critic"].item() / len(biases))
-
-
-@pytest.mark.parametrize(
-    "noise, next_action", [(0, 0.5), (1, 0.7), (-1, 0.3), (1.45, 0.79), (1.55, 0.8), (9, 0.8), (-9, 0.2)]
-)
-def test_next_action(noise, next_action):
-    """The online actor's mean of 0.5, noise of 0.2 clipped at 0.3; the same about 0.9, where 1 is the bound."""
-    assert bellman_target(noise) == pytest.approx(1.5 + 0.5 * 3 * next_action, rel=1e-5)
-    near_the_bound = min(next_action + 0.4, 1)
-    assert bellman_target(noise, mean_action=0.9) == pytest.approx(1.5 + 0.5 * 3 * near_the_bound, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "biases, pessimism, q",
-    [((4.0, 1.0), 0.5, 1), ((1.0, 4.0), 0, 2.5), ((1.0, 4.0), 1, -0.5), ((6.0, 1.0, 2.0), 0.5, 4 / 3)],
-)
-def test_bootstrap_from_the_pessimistic_ensemble(biases, pessimism, q):
-    """The minimum of two critics at 0.5, as in TD3; nothing is left of Q at a true end."""
-    y = bellman_target(0, biases=biases, pessimism=pessimism)
-    assert y == pytest.approx(1.5 + 0.5 * (3 * 0.5 + q), rel=1e-5)
-    assert bellman_target(0, not_terminated=0.0, biases=biases) == pytest.approx(1.5, rel=1e-5)
-
-
-def actor_metrics(q, action, bc_coef, biases=(0.0, 2.0)):
-    """Metrics of an update where Q_c(s, .) = q + biases[c], pi = 0 without noise, and `action` was logged."""
-    args = make_args(bc_coef=bc_coef, learning_rate=0.0)
-    agent = make_agent(args)
-    set_linear(agent.critic, 0, 1.0, biases)
-    set_linear(agent.actor.net, 0, 0.0)
-    obs, logged, *rest, noise = make_batch(B=len(q))
-    obs[0, :, 0] = torch.tensor(q)
-    logged[0] = torch.tensor(action)
-    return {name: x.item() for name, x in update(agent, obs, logged, *rest, 0 * noise, args).items()}
-
-
-def test_actor_loss_by_hand():
-    """Q_bar = (1, -3): mean 1 without, 2 with the absolute value; squared error 0.25: 1 + bc_coef * 2 * 0.25."""
-    for bc_coef in (0.0, 0.1, 3.0):
-        metrics = actor_metrics([1.0, -3.0], 0.5, bc_coef)
-        assert metrics["value/policy_q"] == pytest.approx(-1)
-        assert metrics["loss/behaviour_cloning"] == pytest.approx(0.25)
-        assert metrics["loss/actor"] == pytest.approx(1 + bc_coef * 2 * 0.25, rel=1e-6)
-    uneven = actor_metrics([1.0, -3.0], [[1.0, 0.5], [-0.5, 0.0]], 1.0)  # a mean over action dimensions too
-    assert uneven["loss/behaviour_cloning"] == pytest.approx((1 + 0.25 + 0.25 + 0) / 4)
-    below = actor_metrics([1.0, -3.0], 0.5, 1.0, biases=(0.0, -2.0))  # |Q_bar| is averaged after aggregation
-    assert below["loss/actor"] == pytest.approx(3 + (1 + 5) / 2 * 0.25)
-
-
-class Reference(Learner):
-    """One seed of TD3+BC at scale, written from the equations, with Adam by hand."""
+class Reference(Scaled):
+    """One seed of TD3+BC at scale, written from the equations."""
 
     def update(self, obs, action, reward, next_obs, not_terminated, noise):
-        """What the script logs of this seed."""
-        args = self.args
-        offset = (0.2 * noise[: len(obs)]).clamp(-0.3, 0.3)
-        next_action = (forward(self.nets["actor"], next_obs)[0].tanh() + offset).clamp(-1, 1).detach()
-        next_q = pessimistic(forward(self.nets["target_critic"], next_obs, next_action), args.pessimism).detach()
-        q = forward(self.nets["critic"], obs, action).squeeze(2)  # (C, B)
-        critic_loss = ((q - reward - args.gamma * not_terminated * next_q) ** 2).mean(1).sum() / 2
-        self.minimize(critic=critic_loss)
-
-        drawn = (forward(self.nets["actor"], obs)[0].tanh() + 0.2 * noise[len(obs) :]).clamp(-1, 1)
-        policy_q = pessimistic(forward(self.nets["critic"], obs, drawn), args.pessimism)
+        next_value = self.smoothed_next_value(next_obs, noise[: len(obs)])
+        logs = self.learn_critics(obs, action, reward, not_terminated, next_value)
+        drawn = self.sample(obs, noise[len(obs) :])
+        assert (drawn.abs() == 1).any()
+        policy_q = self.q_bar(obs, drawn)
         bc_loss = ((drawn - action) ** 2).mean()
-        actor_loss = args.bc_coef * policy_q.abs().mean().item() * bc_loss - policy_q.mean()
+        actor_loss = self.args.bc_coef * policy_q.abs().mean().item() * bc_loss - policy_q.mean()
         self.minimize(actor=actor_loss)
         self.move_targets("critic")
-
-        assert (offset.abs() == 0.3).any() and (drawn.abs() == 1).any()
-        logs = {"loss/critic": critic_loss, "loss/actor": actor_loss, "loss/behaviour_cloning": bc_loss}
-        logs |= {"value/q": q, "value/policy_q": policy_q}
+        logs |= {"loss/actor": actor_loss, "loss/behaviour_cloning": bc_loss, "value/policy_q": policy_q}
         return {name: x.mean().item() for name, x in logs.items()}
 
 
-@pytest.mark.parametrize("bc_coef", [0.7, 0.0])
-def test_updates_against_float64(bc_coef):
+@pytest.mark.parametrize("num_critics, bc_coef, pessimism", [(3, 0.7, 0.75), (3, 0.0, 0.0), (2, 3.0, 0.5)])
+def test_updates_against_float64(num_critics, bc_coef, pessimism):
     """Three updates of two seeds, which do not mix: logs and all parameters. With 1 for Adam's eps, its steps tell a
     mean from a sum too."""
-    flags = {"learning_rate": 2**-4, "target_update_rate": 0.25, "gamma": 0.875, "pessimism": 0.75, "num_critics": 3}
-    args = make_args(num_seeds=2, bc_coef=bc_coef, **flags)
+    flags = {"learning_rate": 2**-4, "target_update_rate": 0.25, "gamma": 0.875, "num_seeds": 2}
+    args = make_args(num_critics=num_critics, bc_coef=bc_coef, pessimism=pessimism, **flags)
     agent = make_agent(args).double()
     adams_with(agent, eps=1)
     references = [Reference(agent, s, args) for s in range(2)]
-    for n in range(3):
-        batch = [column.double() for column in make_batch(S=2, seed=n)]
-        metrics = update(agent, *batch, args)
-        for s, reference in enumerate(references):
-            logged = {name: x[s].item() for name, x in metrics.items()}
-            assert logged == pytest.approx(reference.update(*[column[s] for column in batch]), rel=1e-7)
-    assert not any(x.requires_grad for x in metrics.values())
-    for s, reference in enumerate(references):
-        reference.assert_same(agent, s, atol=1e-8)
-
-
-# The method's own lines in main() -----------------------------------------------------------------
-@pytest.mark.parametrize("transform, shift", [("shift", -1), ("none", 0)])
-def test_what_the_learner_sees(monkeypatch, tmp_path, transform, shift):
-    """Rewards transformed, the rest as logged; rw ranks by returns as logged."""
-    obs, action, reward, next_obs, mask = [x[0].numpy() for x in make_batch(B=60)[:5]]
-    ends = np.array([3.0, 2.0]), np.array([40, 20])
-    data = td3.Data(obs, action, reward, next_obs, mask < 1, *ends, None, (math.nan, math.nan))
-    calls = []
-    monkeypatch.setattr(td3, "update", lambda *inputs: calls.append(inputs[1:7]) or update(*inputs))
-    monkeypatch.setattr(td3, "load_data", lambda args: data)
-    flags = f"--run-dir {tmp_path}/run --num-updates 80 --eval-episodes 0 --device cpu --hidden-sizes 16 --num-seeds 2"
-    flags += f" --reward-transform {transform} --sampler rw --temperature 1 --batch-size 64"
-    monkeypatch.setattr(sys, "argv", ["td3_bc_scaled.py", *flags.split()])
-    td3.main()
-    *batch, noise = [torch.stack(x).numpy() for x in zip(*calls)]
-    i = td3.Sampler(td3.trajectory_probabilities(data, make_args(sampler="rw", temperature=1)), "cpu")
-    i = torch.cat([i.draw([0, 1], step, 64) for step in range(0, 80, td3.CHUNK)]).numpy()
-    for column, logged in zip(batch, (obs, action, reward + shift, next_obs, mask)):
-        np.testing.assert_array_equal(column, logged[i])
-    assert (i < 40).mean() == pytest.approx(40 * math.e / (40 * math.e + 20), abs=0.02)
-    drawn = [td3.draw_noise([0, 1], step, (128, ACTION_DIM), "cpu") for step in range(0, 80, td3.CHUNK)]
-    np.testing.assert_array_equal(noise, np.concatenate(drawn))
-
-
-# Learning -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags", [{}, {"bc_coef": 1e3}, {"gamma": 0.0}], ids=str)
-def test_a_chain_of_four_states(flags):
-    """Its end pays 5, a step costs 0.1. Most of the data quits, for 0.5 at once, and so does who clones it, who sees
-    the next reward only. TD3+BC goes on."""
-    columns = four_states()
-    args = make_args(num_seeds=3, learning_rate=3e-3, target_update_rate=0.05, **flags)
-    agent = td3.Agent(4, 1, args)
-    sampler = td3.Sampler(np.full(3000, 1 / 3000), "cpu")
-    for step in range(0, 600, td3.CHUNK):
-        for batch, noise in zip(sampler.draw(range(3), step, 128), td3.draw_noise(range(3), step, (256, 1), "cpu")):
-            update(agent, *[column[batch] for column in columns], noise, args)
-    assert_goes_on(agent.actor, right=not flags)
+    batches = [make_batch(S=2, seed=seed, dtype=torch.float64) for seed in range(3)]
+    check_updates(td3, agent, references, batches, args)
