@@ -185,6 +185,19 @@ def assert_same_layers(mlp, i, expected, atol):
         torch.testing.assert_close(x, y, rtol=0, atol=atol)
 
 
+def nature_network(parameters, frames, padding="valid"):
+    """The Nature article's network, of five weights and five biases, on frames (B, 4, 84, 84), patch by patch."""
+    weights, biases = parameters[:5], parameters[5:]
+    x = np.float64(frames) / 255
+    pads = {"same": ((2, 2), (1, 2), (1, 1)), "valid": ((0, 0),) * 3}[padding]  # TensorFlow's, written out
+    for weight, bias, pad, stride in zip(weights, biases, pads, (4, 2, 1)):
+        x = np.pad(x, ((0, 0), (0, 0), pad, pad))
+        patches = np.lib.stride_tricks.sliding_window_view(x, weight.shape[-2:], (2, 3))[:, :, ::stride, ::stride]
+        x = np.maximum(np.einsum("bihwkl,oikl->bohw", patches, weight) + bias.reshape(-1, 1, 1), 0)
+    x = np.moveaxis(x, 1, -1).reshape(len(x), -1)
+    return np.maximum(x @ weights[3] + biases[3], 0) @ weights[4] + biases[4]
+
+
 # Data ---------------------------------------------------------------------------------------------
 def random_batch(S, B, obs_dim, action_dim, noise_shape=0, seed=0, dtype=torch.float32):
     """Random obs, action, reward, next_obs, not_terminated, noise."""
@@ -203,6 +216,15 @@ def random_columns():
     obs, next_obs = rng.normal(size=(2, 60, 4))
     action = rng.uniform(-1, 1, size=(60, 2))
     return [torch.from_numpy(x) for x in (obs, action, rng.normal(size=60), next_obs, 1.0 * (rng.random(60) > 0.25))]
+
+
+def random_frames(S=1, B=3, seed=0):
+    """Random obs, action, reward, next_obs, not_terminated of Atari games; a third of the transitions is terminal."""
+    rng = np.random.default_rng(seed)
+    frames = torch.from_numpy(rng.integers(0, 256, (S, B, 5, 84, 84), dtype=np.uint8))
+    action = torch.from_numpy(rng.integers(0, 3, (S, B)))
+    reward = torch.from_numpy(np.float32(rng.choice([-1.0, 0.0, 1.0], (S, B))))
+    return frames[:, :, :4], action, reward, frames[:, :, 1:], (torch.arange(B) % 3 > 0).expand(S, B).float()
 
 
 # Environments -------------------------------------------------------------------------------------

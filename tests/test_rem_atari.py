@@ -1,5 +1,5 @@
-"""rem_atari.py against numpy: its mathematics, the files of the DQN Replay Dataset with their traps, evaluation,
-resume, and learning on Catch. The loader's logs are written by a circular memory of this file's own; every frame
+"""rem_atari.py against numpy: mixtures, network, Adam, the files of the DQN Replay Dataset with their traps, evaluation,
+resume. Its updates and runs are tested beside those of the other offline scripts, in test_offline_atari.py. The loader's logs are written by a circular memory of this file's own; every frame
 carries the number of its episode and step, so that the truth about a transition can be read from its pixels."""
 
 import gzip
@@ -15,6 +15,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import nature_network, random_frames
 
 rem = harness.load("rem_atari")
 
@@ -34,15 +35,6 @@ def make_agent(spread=None, **flags):
     return args, agent
 
 
-def make_batch(S=1, B=3, seed=0):
-    """obs, action, reward, next_obs, not_terminated: random frames, a third of the transitions terminal."""
-    rng = np.random.default_rng(seed)
-    frames = torch.from_numpy(rng.integers(0, 256, (S, B, 5, 84, 84), dtype=np.uint8))
-    action = torch.from_numpy(rng.integers(0, A, (S, B)))
-    reward = torch.from_numpy(np.float32(rng.choice([-1.0, 0.0, 1.0], (S, B))))
-    return frames[:, :, :4], action, reward, frames[:, :, 1:], (torch.arange(B) % 3 > 0).expand(S, B).float()
-
-
 # The method ---------------------------------------------------------------------------------------
 def test_mixtures():
     mixtures = rem.draw_mixtures([5, 6], 40, 2)
@@ -54,38 +46,18 @@ def test_mixtures():
     assert abs((200 * rem.draw_mixtures(range(40), 0, 200)).std() - 0.578) < 0.01
 
 
-def numpy_network(network, i, frames, padding):
-    """The i-th of the networks side by side on frames (B, 4, 84, 84), patch by patch: (B, A, heads)."""
-    weights, biases = [[np.float64(p[i].detach()) for p in x] for x in (network.weights, network.biases)]
-    x = np.float64(frames) / 255
-    pads = {"same": ((2, 2), (1, 2), (1, 1)), "valid": ((0, 0),) * 3}[padding]  # written out in the spec
-    for weight, bias, pad, stride in zip(weights, biases, pads, (4, 2, 1)):
-        x = np.pad(x, ((0, 0), (0, 0), pad, pad))
-        patches = np.lib.stride_tricks.sliding_window_view(x, weight.shape[-2:], (2, 3))[:, :, ::stride, ::stride]
-        x = np.maximum(np.einsum("bihwkl,oikl->bohw", patches, weight) + bias.reshape(-1, 1, 1), 0)
-    x = np.moveaxis(x, 1, -1).reshape(len(x), -1)
-    x = np.maximum(x @ weights[3] + biases[3], 0) @ weights[4] + biases[4]
-    return x.reshape(len(x), A, -1)
-
-
 @pytest.mark.parametrize("padding, C", [("same", 1), ("valid", 2)])
 def test_network(padding, C):
     _, agent = make_agent(0.1, padding=padding, num_networks=C, num_seeds=2)
-    frames = make_batch(S=2, B=2)[0]
+    frames = random_frames(S=2, B=2)[0]
+    layers = [*agent.network.weights, *agent.network.biases]
     values = agent.network(frames).detach().numpy()
     assert values.shape == (2, 2, A, 4 * C)
     for s in range(2):
-        slow = [numpy_network(agent.network, i, frames[s], padding) for i in range(s * C, (s + 1) * C)]
+        networks = [[np.float64(p[i].detach()) for p in layers] for i in range(s * C, (s + 1) * C)]
+        slow = [nature_network(network, frames[s], padding).reshape(2, A, 4) for network in networks]
         np.testing.assert_allclose(values[s], np.concatenate(slow, -1), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(rem.GreedyPolicy(agent.network)(frames), values.mean(-1).argmax(-1))
-
-
-def test_first_weights():
-    seeds = {"seed": 0, "num_seeds": 2}, {"seed": 1}
-    both, alone = [make_agent(channels=(32, 8, 8), hidden_size=64, **x)[1].network for x in seeds]
-    for weight, bias, same, fan_in in zip(both.weights, both.biases, alone.weights, (256, 512, 72, 8 * 121, 64)):
-        assert 0.95 < weight.abs().max() / math.sqrt(math.sqrt(3) / fan_in) <= 1.0001
-        assert not bias.any() and not torch.equal(weight[0], weight[1]) and torch.equal(weight[1], same[0])
 
 
 def numpy_adam(p, gradients, rate, eps):
@@ -104,33 +76,6 @@ def test_adam_of_tensorflow():
     for gradient in gradients:
         rem.minimize((torch.tensor(gradient, dtype=torch.float32) * p).sum(), adam)
     np.testing.assert_allclose(p.detach(), numpy_adam(start, gradients, 1e-3, 1e-3), rtol=2e-4, atol=1e-7)
-
-
-def test_update_and_seeds():
-    """Losses of three seeds, Adam's first step on every parameter, seed 1 alone, and the copy to the target."""
-    flags = {"learning_rate": 1e-3, "padding": "valid"}
-    args, agent = make_agent(0.2, num_seeds=3, **flags)
-    alone_args, alone = make_agent(seed=1, **flags)
-    for ours, theirs in zip(alone.parameters(), agent.parameters()):
-        ours.data.copy_(theirs[1:2])
-    before = [p.detach().numpy().copy() for p in agent.network.parameters()]
-    obs, action, reward, next_obs, mask = batch = make_batch(3)
-    mixture = rem.draw_mixtures(range(3), 0, 4)[0]
-    mixed = [torch.einsum("sbak,sk->sba", net(x), mixture)
-             for net, x in ((agent.network, obs), (agent.target_network, next_obs))]  # fmt: skip
-    u = mixed[0].gather(-1, action[..., None])[..., 0] - (reward + 0.99 * mask * mixed[1].amax(-1)).detach()
-    loss = torch.nn.functional.huber_loss(u, 0 * u, reduction="sum") / 3
-    gradients = torch.autograd.grad(loss, list(agent.network.parameters()))
-    metrics = rem.update(agent, *batch, mixture, args)
-    u = np.abs(u.detach().numpy())
-    np.testing.assert_allclose(metrics["loss/td"], np.where(u <= 1, u**2 / 2, u - 0.5).mean(1), rtol=1e-4)
-    for p, start, gradient in zip(agent.network.parameters(), before, gradients):
-        np.testing.assert_allclose(p.detach(), numpy_adam(start, [gradient.numpy()], 1e-3, 0.01 / 32), atol=2e-6)
-    rem.update(alone, *[x[1:2] for x in batch], rem.draw_mixtures([1], 0, 4)[0], alone_args)
-    rem.synchronize(agent)
-    for ours, theirs, target in zip(*[x.parameters() for x in (alone.network, agent.network, agent.target_network)]):
-        torch.testing.assert_close(ours[0], theirs[1], rtol=1e-4, atol=1e-6)
-        assert torch.equal(theirs, target)
 
 
 # The files ----------------------------------------------------------------------------------------
@@ -339,12 +284,3 @@ def test_a_log_of_dqn_atari_and_a_killed_run_on_it(tmp_path):
     csv = (killed / "evaluations.csv").read_text()
     assert csv == (whole / "evaluations.csv").read_text() and csv.count("\n") == 1 + 10 * 2 * 2
     assert "policies of update 1,000" in run("rem_atari", "--evaluate", killed)
-
-
-def test_rem_learns_catch(tmp_path):
-    flags = "--channels 8 16 16 --hidden-size 64 --padding valid --learning-rate 1e-3 --adam-eps 1e-6"
-    flags += " --target-every 100 --num-updates 1000 --eval-every 1000 --eval-episodes 40"
-    flags += " --dataset atari/catch --env-id catch:Catch-v0"
-    text = run("rem_atari", *flags.split(), "--device", "cpu", "--run-dir", tmp_path / "run")
-    returns = np.loadtxt(tmp_path / "run" / "evaluations.csv", delimiter=",", skiprows=1)[:, 3]
-    assert returns.mean() >= 0.8 and "mean return -0.31" in text

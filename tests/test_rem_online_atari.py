@@ -12,6 +12,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+from reference import nature_network
 
 rem = harness.load("rem_online_atari")
 offline = harness.load("rem_atari")
@@ -62,22 +63,11 @@ def test_mixtures():
     np.testing.assert_allclose(alone[:, 0, :, 0].mean(0), 1 / 3, atol=0.03)
 
 
-def numpy_values(parameters, frames):
-    """One network, five weights and five biases without padding, on frames (B, 4, 84, 84): (B, A)."""
-    x = np.float64(frames) / 255
-    weights, biases = parameters[:5], parameters[5:]
-    for weight, bias, stride in zip(weights, biases, (4, 2, 1)):
-        patches = np.lib.stride_tricks.sliding_window_view(x, weight.shape[-2:], (2, 3))[:, :, ::stride, ::stride]
-        x = np.maximum(np.einsum("bihwkl,oikl->bohw", patches, weight) + bias.reshape(-1, 1, 1), 0)
-    x = np.moveaxis(x, 1, -1).reshape(len(x), -1)
-    return np.maximum(x @ weights[3] + biases[3], 0) @ weights[4] + biases[4]
-
-
 def numpy_loss(networks, targets, batch, alphas, gamma):
     """Loss of one seed, transition by transition and mixture by mixture, and the mean of the targets."""
     obs, action, reward, next_obs, not_terminated = batch
-    values = [numpy_values(parameters, obs) for parameters in networks]
-    next_values = [numpy_values(parameters, next_obs) for parameters in targets]
+    values = [nature_network(parameters, obs) for parameters in networks]
+    next_values = [nature_network(parameters, next_obs) for parameters in targets]
     terms = []
     for alpha, b in itertools.product(alphas, range(len(action))):
         best = max(sum(w * v[b, i] for w, v in zip(alpha, next_values)) for i in range(A))
@@ -211,28 +201,22 @@ def test_what_is_stored_and_logged(tmp_path):
 
 
 # Runs ---------------------------------------------------------------------------------------------
-@both
-def test_updates_of_a_run(tmp_path, baseline):
-    """Each of the 4 steps per update draws its own mixtures; the targets are copied after every second."""
-    flags = "--num-steps 66 --learning-starts 20 --target-every 2 --num-seeds 2".split() + ["--bootstrapped"] * baseline
-    flags = *TINY, *flags, "--run-dir", tmp_path / "run"
-    with mock.patch.object(rem, "synchronize") as synchronize:
-        _, inputs = harness.record_updates("rem_online_atari", *flags)
-    mixtures, obs, next_obs = [inputs[name] for name in ("mixtures", "obs", "next_obs")]
-    assert mixtures.shape == (11, 2, 1, 4, 4 if baseline else 1) and synchronize.call_count == 6
-    assert np.allclose(mixtures.sum(-2), 1) and (baseline or len(np.unique(mixtures)) == 88)
-    assert obs.shape == (11, 2, 3, 4, 84, 84) and np.array_equal(obs[:, :, :, 1:], next_obs[:, :, :, :3])
-
-
-def test_updates_of_a_run_of_dqn(tmp_path):
-    """As above, from play at random: the newest frames of a next state are those that follow."""
-    flags = *TINY, "--num-steps", 66, "--learning-starts", 20, "--target-every", 2, "--num-seeds", 2
-    with mock.patch.object(harness.load("dqn_atari"), "synchronize") as synchronize:
-        _, inputs = harness.record_updates("dqn_atari", *flags, "--run-dir", tmp_path / "run")
+@pytest.mark.parametrize("flags", ["rem_online_atari", "rem_online_atari --bootstrapped", "dqn_atari"])
+def test_updates_of_a_run(tmp_path, flags):
+    """From play at random: the newest frames of a next state are those that follow. Each of the 4 steps per update draws
+    its own mixtures; the targets are copied after every second."""
+    script, *flags = flags.split()
+    flags += "--num-steps 66 --learning-starts 20 --target-every 2 --num-seeds 2".split()
+    with mock.patch.object(harness.load(script), "synchronize") as synchronize:
+        _, inputs = harness.record_updates(script, *TINY, *flags, "--run-dir", tmp_path / "run")
     obs, next_obs, reward, not_terminated = [inputs[x] for x in ("obs", "next_obs", "reward", "not_terminated")]
     assert obs.shape == (11, 2, 3, 4, 84, 84) and synchronize.call_count == 6
     assert np.array_equal(obs[:, :, :, 1:], next_obs[:, :, :, :3]) and obs[:, :, :, 3].any()
     assert np.array_equal(reward != 0, not_terminated == 0) and 0 < not_terminated.mean() < 1
+    if script == "rem_online_atari":
+        baseline = "--bootstrapped" in flags
+        assert inputs["mixtures"].shape == (11, 2, 1, 4, 4 if baseline else 1)
+        assert np.allclose(inputs["mixtures"].sum(-2), 1) and (baseline or len(np.unique(inputs["mixtures"])) == 88)
 
 
 @pytest.mark.parametrize("script", ["dqn_atari", "offline_dqn_atari"])
