@@ -13,7 +13,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from reference import assert_same_layers, linear_layers, random_batch, randomize
+from reference import assert_same_layers, check_updates, linear_layers, random_batch, randomize
 from torch.distributions import Normal
 
 bred = harness.load("bred")
@@ -252,7 +252,7 @@ class Reference:
         own, log_prob = self.sample(obs, noise[n])
         alpha_loss = -self.log_alpha * (log_prob.detach().mean() - ACTION_DIM)
         actor_loss = (alpha * log_prob - self.smaller(self.critics, obs, own).mean(0)).mean()
-        critic_losses = []
+        critic_losses, logged_q = [], []
         with torch.no_grad():
             next_action, next_log_prob = self.sample(next_obs, noise[2 * n + 1])
             next_value = self.smaller(self.targets, next_obs, next_action)
@@ -264,6 +264,7 @@ class Reference:
             others += [self.sample(next_obs, x) for x in noise[2 * n + 2 :]]
         for c, critic in enumerate(self.critics):
             q = self.q(critic, obs, action)
+            logged_q.append(q)
             loss = ((q - y[c // 2]) ** 2).mean()
             if n > 0:
                 terms = torch.stack([self.q(critic, obs, a) - log_density for a, log_density in others])
@@ -279,7 +280,17 @@ class Reference:
         for target, online in zip(self.targets, self.critics):
             for x, y in zip(target.parameters(), online.parameters()):
                 x.data += args.target_update_rate * (y.data - x.data)
-        return actor_loss.item(), sum(critic_losses).item(), -log_prob.mean().item(), alpha.item()
+        logs = {"loss/actor": actor_loss, "loss/critic": sum(critic_losses), "policy/entropy": -log_prob}
+        logs |= {"value/q": torch.stack(logged_q), "policy/alpha": alpha}
+        return {name: x.mean().item() for name, x in logs.items()}
+
+    def assert_same(self, agent, g, atol):
+        ours = agent.log_alpha[g], agent.actor.log_std_scale[g], agent.actor.log_std_shift[g]
+        torch.testing.assert_close(ours, (self.log_alpha, self.scale, self.shift), rtol=0, atol=atol)
+        assert_same_layers(agent.actor.net, g, self.actor, atol)
+        for c in range(agent.critic.C):
+            assert_same_layers(agent.critic, agent.critic.C * g + c, self.critics[c], atol)
+            assert_same_layers(agent.target_critic, agent.critic.C * g + c, self.targets[c], atol)
 
 
 @pytest.mark.parametrize("num_members, flag", [(3, None), (1, None), (2, "independent"), (2, "conservative_online")])
@@ -288,26 +299,10 @@ def test_updates_against_reference(num_members, flag):
     rates = {"learning_rate": 0.02, "policy_learning_rate": 0.03, "target_update_rate": 0.3}
     args = make_args(num_members, num_seeds=2, **rates, **({flag: True} if flag else {}))
     agent = make_agent(args, size=0.4).double()
-    P = num_members if args.independent else 1
-    G, n = 2 * P, 2 * args.conservative_online
+    G = 2 * num_members if args.independent else 2
     references = [Reference(agent, g, args) for g in range(G)]
-    names = "loss/actor", "loss/critic", "policy/entropy", "policy/alpha"
-    for i in range(3):
-        batch = [x.double() for x in make_batch(G, n, seed=i)]
-        metrics = update(agent, *batch, args)
-        for g, reference in enumerate(references):
-            expected = reference.update(*(x[g] for x in batch))
-            np.testing.assert_allclose([metrics[name][g].item() for name in names], expected, rtol=1e-6)
-    C = agent.critic.C
-    for g, reference in enumerate(references):
-        ours = agent.log_alpha[g], agent.actor.log_std_scale[g], agent.actor.log_std_shift[g]
-        for x, y in zip(ours, (reference.log_alpha, reference.scale, reference.shift)):
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
-        pairs = [(agent.actor.net, g, reference.actor)]
-        pairs += [(agent.critic, C * g + c, reference.critics[c]) for c in range(C)]
-        pairs += [(agent.target_critic, C * g + c, reference.targets[c]) for c in range(C)]
-        for mlp, i, expected in pairs:
-            assert_same_layers(mlp, i, expected, atol=1e-6)
+    batches = [[x.double() for x in make_batch(G, 2 * args.conservative_online, seed=n)] for n in range(3)]
+    check_updates(bred, agent, references, batches, args, atol=1e-6)
 
 
 def test_fine_tuning_learns():

@@ -17,13 +17,6 @@ def make_args(**flags):
     return crr.Args(**{"hidden_sizes": (16, 16), "device": "cpu", **flags})
 
 
-def make_agent(args, size=0.0):
-    """An agent of random numbers of this size, targets apart from their networks."""
-    agent = crr.Agent(OBS_DIM, ACTION_DIM, args)
-    randomize(agent, size)
-    return agent
-
-
 class Reference(Learner):
     """One seed of CRR, written from the equations, with Adam by hand."""
 

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import sys
 import types
 
@@ -178,58 +179,40 @@ def test_a_run_in_graphs_ends_as_an_eager_one(script, data, emulated, tmp_path):
 
 
 # The emulation notices ----------------------------------------------------------------------------
-def eager_and_emulated(emulated, make_step):
-    """What eight calls return, without and with a graph."""
+def sum_of_squares():
+    total = torch.zeros(1)
+    return lambda x: total.add_(x * x).clone()
+
+
+def times_a_count():
+    count = itertools.count(1)
+    return lambda x: x * next(count)
+
+
+def sum_that_is_replaced():
+    state = {"x": torch.zeros(1)}
+
+    def step(x):
+        state["x"] = state["x"] + x
+        return state["x"]
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "make_step, eager, in_graphs",
+    [
+        (sum_of_squares, [0, 1, 5, 14, 30, 55, 91, 140], [0, 1, 5, 14, 30, 55, 91, 140]),
+        (times_a_count, [0, 2, 6, 12, 20, 30, 42, 56], [0, 2, 6, 12, 16, 20, 24, 28]),
+        (sum_that_is_replaced, [0, 1, 3, 6, 10, 15, 21, 28], [0, 1, 3, 6, 7, 8, 9, 10]),
+    ],
+)
+def test_the_emulation_computes_and_freezes(emulated, make_step, eager, in_graphs):
+    """Eight calls: numbers of Python are frozen, and tensors that are replaced."""
     (script, *_) = harness.OFFLINE
     emulated(script)
-    results = []
-    for wrap in (lambda step: step, harness.load(script).CudaGraph.__bases__[0]):
-        step = wrap(make_step())
-        results.append([float(step(torch.tensor([float(i)]))) for i in range(8)])
-    return results
-
-
-def test_the_emulation_computes(emulated):
-    def make_step():
-        total = torch.zeros(1)
-
-        def step(x):
-            total.add_(x * x)
-            return total.clone()
-
-        return step
-
-    eager, graph = eager_and_emulated(emulated, make_step)
-    assert eager == graph == [0, 1, 5, 14, 30, 55, 91, 140]
-
-
-def test_the_emulation_freezes_numbers_of_python(emulated):
-    def make_step():
-        count = 0
-
-        def step(x):
-            nonlocal count
-            count += 1
-            return x * count
-
-        return step
-
-    eager, graph = eager_and_emulated(emulated, make_step)
-    assert eager == [0, 2, 6, 12, 20, 30, 42, 56] and graph == [0, 2, 6, 12, 16, 20, 24, 28]
-
-
-def test_the_emulation_freezes_tensors_that_are_replaced(emulated):
-    def make_step():
-        state = {"x": torch.zeros(1)}
-
-        def step(x):
-            state["x"] = state["x"] + x
-            return state["x"]
-
-        return step
-
-    eager, graph = eager_and_emulated(emulated, make_step)
-    assert eager == [0, 1, 3, 6, 10, 15, 21, 28] and graph != eager
+    for step, expected in ((make_step(), eager), (harness.load(script).CudaGraph.__bases__[0](make_step()), in_graphs)):
+        assert [float(step(torch.tensor([float(i)]))) for i in range(8)] == expected
 
 
 @pytest.mark.parametrize(

@@ -74,15 +74,6 @@ def test_top10():
     np.testing.assert_allclose(P, np.repeat([0, 1 / 540, 1 / 540, 1 / 540], data.lengths), rtol=1e-12)
 
 
-@pytest.mark.parametrize("p_base", [0, 0.2, 1, 50])
-def test_red_mean_has_its_closed_form(p_base):
-    """E[x] = (m2 + p_base m1) / (m1 + p_base) for x between 0 and 1, whatever unit returns have."""
-    x = np.append(np.random.default_rng(0).random(100), [0, 1])
-    m1 = np.mean(x)
-    mean = iql.red_probabilities(7 * x - 3, 1, p_base) @ x
-    assert mean == pytest.approx((np.mean(x**2) + p_base * m1) / (m1 + p_base), abs=1e-12)
-
-
 @pytest.mark.parametrize("alpha", [0, 1, 5])
 def test_returns_that_are_equal_up_to_rounding(alpha):
     for equal in ([3.0], [0.0, 0.0], [-2.5] * 4, [0.1 + 0.2, 0.3], [1e9, 1e9 + 1e-6]):

@@ -13,9 +13,10 @@ NO_REFERENCES = (math.nan, math.nan)
 
 
 # Inputs of updates --------------------------------------------------------------------------------
-# Of each script its transformations of rewards, as factor and shift, and how far actions may go; asac.py, dered_iql.py
-# and rvs_lds.py have tests of their own, awac.py and bcq.py in test_stages.py
+# Of each script its transformations of rewards, as factor and shift, and how far actions may go. asac.py and rvs_lds.py
+# have tests of their own, awac.py and bcq.py in test_stages.py
 TRANSFORMS = {
+    "dered_iql": ({"scale": (500, 0), "shift": (1, -1), "none": (1, 0)}, 1 - 1e-5),
     "iql_red": ({"scale": (500, 0), "shift": (1, -1), "none": (1, 0)}, 1 - 1e-5),
     "cql_red": ({"none": (1, 0), "stretch": (10, -5)}, 0.999),
     "td3_bc_red": ({"none": (1, 0), "shift": (1, -1)}, 1),
@@ -23,14 +24,15 @@ TRANSFORMS = {
     "iql_scaled": ({"none": (1, 0), "shift": (1, -1)}, 1),
     "td3_bc_scaled": ({"none": (1, 0), "shift": (1, -1)}, 1),
 }
+OWN = {"crr_red": "--sampler red --target-period 7".split(), "dered_iql": []}  # flags
 CASES = [(script, name) for script, (transforms, _) in TRANSFORMS.items() for name in transforms]
 PERIODS = {"crr_red": {"copied": 7}, "td3_bc_red": {"actor_turn": 2}}  # of what happens in some updates only
 
 
 @pytest.mark.parametrize("script, transform", CASES)
 def test_what_the_learner_sees(script, transform):
-    """Rewards transformed, actions clipped, the rest as logged; ReD ranks by returns as logged. Every update has noise
-    of its own, which is normal."""
+    """Rewards transformed, actions clipped, the rest as logged; ReD, which DeReD begins after 20 updates, ranks by
+    returns as logged. Every update has noise of its own, which is normal."""
     rng = np.random.default_rng(0)
     obs, next_obs = rng.normal(size=(2, 63, 4)).astype(np.float32)
     obs[:, 0] = reward = np.arange(63.0, dtype=np.float32)  # so that transitions have numbers
@@ -38,10 +40,13 @@ def test_what_the_learner_sees(script, transform):
     terminated = rng.random(63) < 0.25
     returns, lengths = np.array([-1, 1, -0.5, 0]), np.array([3, 40, 8, 12])
     data = harness.load(script).Data(obs, action, reward, next_obs, terminated, returns, lengths, None, NO_REFERENCES)
-    flags = "--num-updates 80 --hidden-sizes 8 --num-seeds 2 --batch-size 64 --sampler red --reward-transform", transform
-    flags = [*" ".join(flags).split(), *(["--target-period", 7] if script == "crr_red" else [])]
+    flags = "--hidden-sizes 8 --num-seeds 2 --batch-size 64 --reward-transform", transform
+    flags = *" ".join(flags).split(), *harness.length(script, 80, 20), *OWN.get(script, ["--sampler", "red"])
     inputs, _ = harness.run_on(script, data, *flags)
+    for name, period in PERIODS.get(script, {}).items():
+        assert inputs[name].tolist() == [n % period == 0 for n in range(1, 81)]
 
+    inputs = {name: x[20:] for name, x in inputs.items()}
     transforms, bound = TRANSFORMS[script]
     factor, shift = transforms[transform]
     i = inputs["obs"][..., 0].astype(int)
@@ -57,8 +62,6 @@ def test_what_the_learner_sees(script, transform):
         noise = inputs["noise"]
         assert len(np.unique(noise)) > 0.99 * noise.size
         assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-    for name, period in PERIODS.get(script, {}).items():
-        assert inputs[name].tolist() == [n % period == 0 for n in range(1, 81)]
 
 
 # Random numbers -----------------------------------------------------------------------------------
@@ -67,6 +70,7 @@ DRAWS = {
     "cql_red": lambda script, seeds, step: [script.draw_noise(seeds, step, (50, 2), "cpu")],
     "awac": lambda script, seeds, step: script.draw_uniforms_and_noise(seeds, 8, (50, 2), "cpu", step),
     "asac": lambda script, seeds, step: script.draw_numbers(seeds, step, 8, 2, 2, "cpu"),
+    "sac": lambda script, seeds, step: script.draw_chunk(seeds, script.DRAWS, step // 20, 8, (50, 2), "cpu"),
 }
 
 
