@@ -109,7 +109,7 @@ def forked_main(script, flags, cwd, output, before):
         os.chdir(cwd)
     os.setsid()  # so that `members` finds its workers
     context = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda method: context  # workers are forked too, not spawned
+    multiprocessing.get_context = lambda method=None: context  # workers are forked too, not spawned
     module = load(script)
     sys.argv = [module.__file__, *map(str, flags)]
     if before:
@@ -222,8 +222,8 @@ def record_updates(script, *flags, watch=None):
 
 
 def run_on(script, data, *flags, watch=None):
-    """Runs a script on this Data, evaluations taking no time; returns the inputs of all updates by name, and the
-    policy that it evaluates last."""
+    """Runs a script on this Data, evaluations taking no time; returns the inputs of all updates by name, and
+    the policy that it evaluates last."""
     module = load(script)
     policies = []
 

@@ -81,8 +81,8 @@ def adams_with(agent, eps=1.0):
 
 
 def check_updates(script, agent, references, batches, args, atol=1e-7):
-    """Updates of all seeds in float64 against a reference of each: what is logged, and all parameters. Seeds do not
-    mix: a reference sees its own share of a batch, and what the seeds have in common."""
+    """Updates of all seeds in float64 against a reference of each: what is logged, and all parameters. Seeds do
+    not mix: a reference sees its own share of a batch, and what the seeds have in common."""
     for batch in batches:
         metrics = script.update(agent, *batch, args)
         for s, reference in enumerate(references):
@@ -166,7 +166,8 @@ class Scaled(Learner):
         weight = weight / weight.sum()
         loss = -(weight * self.log_prob(obs, action)).sum()
         self.minimize(actor=loss)
-        return {"loss/actor": loss, "value/advantage": advantage, "value/effective_batch": 1 / (weight**2).sum()}
+        effective_batch = 1 / (weight**2).sum()
+        return {"loss/actor": loss, "value/advantage": advantage, "value/effective_batch": effective_batch}
 
 
 def linear_layers(mlp, i):
@@ -186,7 +187,7 @@ def assert_same_layers(mlp, i, expected, atol):
 
 
 def nature_network(parameters, frames, padding="valid"):
-    """The Nature article's network, of five weights and five biases, on frames (B, 4, 84, 84), patch by patch."""
+    """The Nature article's network, five weights and five biases, on frames (B, 4, 84, 84), patch by patch."""
     weights, biases = parameters[:5], parameters[5:]
     x = np.float64(frames) / 255
     pads = {"same": ((2, 2), (1, 2), (1, 1)), "valid": ((0, 0),) * 3}[padding]  # TensorFlow's, written out
@@ -207,7 +208,8 @@ def random_batch(S, B, obs_dim, action_dim, noise_shape=0, seed=0, dtype=torch.f
     reward = rng.normal(size=(S, B))
     not_terminated = rng.random((S, B)) > 0.25
     noise = rng.normal(size=noise_shape)
-    return [torch.from_numpy(np.float32(x)).to(dtype) for x in (obs, action, reward, next_obs, not_terminated, noise)]
+    columns = obs, action, reward, next_obs, not_terminated, noise
+    return [torch.from_numpy(np.float32(x)).to(dtype) for x in columns]
 
 
 def random_columns():
@@ -219,7 +221,7 @@ def random_columns():
 
 
 def random_frames(S=1, B=3, seed=0):
-    """Random obs, action, reward, next_obs, not_terminated of Atari games; a third of the transitions is terminal."""
+    """Random obs, action, reward, next_obs, not_terminated of Atari games; a third of them is terminal."""
     rng = np.random.default_rng(seed)
     frames = torch.from_numpy(rng.integers(0, 256, (S, B, 5, 84, 84), dtype=np.uint8))
     action = torch.from_numpy(rng.integers(0, 3, (S, B)))

@@ -2,7 +2,6 @@
 torch.distributions, and whole updates in float64. Probabilities and draws are tested with iql_red.py."""
 
 import harness
-import numpy as np
 import pytest
 import torch
 from reference import Learner, adams_with, check_updates, forward, random_batch, randomize
@@ -54,7 +53,7 @@ class Reference(Learner):
 
 @pytest.mark.parametrize("flags", [{}, {"advantage": "max"}, {"weight": "binary"}], ids=str)
 def test_updates_against_float64(flags):
-    """Three updates of two seeds, which do not mix: what is logged, and all parameters. Targets are copied when told."""
+    """Three updates of two seeds, which do not mix: logs and all parameters. Targets are copied when told."""
     args = make_args(num_seeds=2, learning_rate=2**-5, beta=0.1, **flags)  # exact in float32
     agent = crr.Agent(OBS_DIM, ACTION_DIM, args).double()
     randomize(agent, 0.6)  # targets too

@@ -211,7 +211,8 @@ def test_the_emulation_computes_and_freezes(emulated, make_step, eager, in_graph
     """Eight calls: numbers of Python are frozen, and tensors that are replaced."""
     (script, *_) = harness.OFFLINE
     emulated(script)
-    for step, expected in ((make_step(), eager), (harness.load(script).CudaGraph.__bases__[0](make_step()), in_graphs)):
+    CudaGraph = harness.load(script).CudaGraph.__bases__[0]
+    for step, expected in ((make_step(), eager), (CudaGraph(make_step()), in_graphs)):
         assert [float(step(torch.tensor([float(i)]))) for i in range(8)] == expected
 
 

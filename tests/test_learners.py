@@ -1,5 +1,5 @@
-"""The offline scripts side by side: what main() makes of data before an update sees it, random numbers, and whether
-they learn what cloning does not. What is one script's own is tested in that script's file."""
+"""The offline scripts side by side: what main() makes of data before an update sees it, random numbers, and
+whether they learn what cloning does not. What is one script's own is tested in that script's file."""
 
 import math
 
@@ -13,8 +13,8 @@ NO_REFERENCES = (math.nan, math.nan)
 
 
 # Inputs of updates --------------------------------------------------------------------------------
-# Of each script its transformations of rewards, as factor and shift, and how far actions may go. asac.py and rvs_lds.py
-# have tests of their own, awac.py and bcq.py in test_stages.py
+# Of each script its transformations of rewards, as factor and shift, and how far actions may go. asac.py and
+# rvs_lds.py have tests of their own, awac.py and bcq.py in test_stages.py
 TRANSFORMS = {
     "dered_iql": ({"scale": (500, 0), "shift": (1, -1), "none": (1, 0)}, 1 - 1e-5),
     "iql_red": ({"scale": (500, 0), "shift": (1, -1), "none": (1, 0)}, 1 - 1e-5),
@@ -31,15 +31,16 @@ PERIODS = {"crr_red": {"copied": 7}, "td3_bc_red": {"actor_turn": 2}}  # of what
 
 @pytest.mark.parametrize("script, transform", CASES)
 def test_what_the_learner_sees(script, transform):
-    """Rewards transformed, actions clipped, the rest as logged; ReD, which DeReD begins after 20 updates, ranks by
-    returns as logged. Every update has noise of its own, which is normal."""
+    """Rewards transformed, actions clipped, the rest as logged; ReD, which DeReD begins after 20 updates, ranks
+    by returns as logged. Every update has noise of its own, which is normal."""
     rng = np.random.default_rng(0)
     obs, next_obs = rng.normal(size=(2, 63, 4)).astype(np.float32)
     obs[:, 0] = reward = np.arange(63.0, dtype=np.float32)  # so that transitions have numbers
     action = rng.choice([-1.0, -0.3, 0.5, 1.0], (63, 2))
     terminated = rng.random(63) < 0.25
     returns, lengths = np.array([-1, 1, -0.5, 0]), np.array([3, 40, 8, 12])
-    data = harness.load(script).Data(obs, action, reward, next_obs, terminated, returns, lengths, None, NO_REFERENCES)
+    columns = obs, action, reward, next_obs, terminated
+    data = harness.load(script).Data(*columns, returns, lengths, None, NO_REFERENCES)
     flags = "--hidden-sizes 8 --num-seeds 2 --batch-size 64 --reward-transform", transform
     flags = *" ".join(flags).split(), *harness.length(script, 80, 20), *OWN.get(script, ["--sampler", "red"])
     inputs, _ = harness.run_on(script, data, *flags)
@@ -65,19 +66,20 @@ def test_what_the_learner_sees(script, transform):
 
 
 # Random numbers -----------------------------------------------------------------------------------
+EVEN = np.full(10**6, 1e-6)
 DRAWS = {
-    "iql_red": lambda script, seeds, step: [script.Sampler(np.full(10**6, 1e-6), "cpu").draw(seeds, step, 64)],
+    "iql_red": lambda script, seeds, step: [script.Sampler(EVEN, "cpu").draw(seeds, step, 64)],
     "cql_red": lambda script, seeds, step: [script.draw_noise(seeds, step, (50, 2), "cpu")],
     "awac": lambda script, seeds, step: script.draw_uniforms_and_noise(seeds, 8, (50, 2), "cpu", step),
     "asac": lambda script, seeds, step: script.draw_numbers(seeds, step, 8, 2, 2, "cpu"),
-    "sac": lambda script, seeds, step: script.draw_chunk(seeds, script.DRAWS, step // 20, 8, (50, 2), "cpu"),
+    "sac": lambda script, seeds, step: script.draw_chunk(tuple(seeds), 1, step // 20, 8, (9, 2), "cpu"),
 }
 
 
 @pytest.mark.parametrize("script", DRAWS)
 def test_numbers_are_a_function_of_seed_and_update(script):
-    """Neighbours, earlier draws and global generators have no say, and no two are alike. Uniform numbers are float64,
-    noise is normal."""
+    """Neighbours, earlier draws and global generators have no say, and no two are alike. Uniform numbers are
+    float64, noise is normal."""
     seen = []
     for step in (0, 20, 40):  # as far apart as the seeds, lest a sum of both goes unseen
         together = DRAWS[script](harness.load(script), (0, 20, 40), step)  # (CHUNK, S, ...) each
@@ -122,8 +124,8 @@ LEARNERS = {
 
 
 def four_states(script):
-    """3,000 transitions of a chain whose end pays 5, while a step (an action above 0) costs 0.1. Most of the data
-    quits, for 0.5 at once."""
+    """3,000 transitions of a chain whose end pays 5, while a step (an action above 0) costs 0.1. Most of the
+    data quits, for 0.5 at once."""
     rng = np.random.default_rng(0)
     state = rng.integers(4, size=3000)
     go = rng.random(3000) < 0.3
@@ -132,15 +134,16 @@ def four_states(script):
     terminated = ~go | (state == 3)
     next_state = np.where(terminated, 3, state + 1)  # ends look like the best state, lest anyone bootstrap
     columns = np.eye(4)[state], action[:, None], reward, np.eye(4)[next_state], terminated
-    return harness.load(script).Data(*columns, np.array([0.0, 1.0]), np.array([2000, 1000]), None, NO_REFERENCES)
+    episodes = np.array([0.0, 1.0]), np.array([2000, 1000])
+    return harness.load(script).Data(*columns, *episodes, None, NO_REFERENCES)
 
 
 @pytest.mark.parametrize("script, wrong", [(x, flag) for x in LEARNERS for flag in [None, *LEARNERS[x][1]]])
 def test_a_chain_of_four_states(script, wrong):
-    """Who clones the data quits, and so does who flips the advantage, or sees the next reward only. The policy that a
-    script evaluates goes on in all four states."""
-    flags = ["--reward-transform", "none", "--num-seeds", 3, "--hidden-sizes", 16, 16, *LEARNERS[script][0].split()]
-    _, policy = harness.run_on(script, four_states(script), *flags, *([wrong] if wrong else []))
+    """Who clones the data quits, and so does who flips the advantage, or sees the next reward only. The policy
+    that a script evaluates goes on in all four states."""
+    flags = "--reward-transform none --num-seeds 3 --hidden-sizes 16 16", LEARNERS[script][0], wrong or ""
+    _, policy = harness.run_on(script, four_states(script), *" ".join(flags).split())
     states = torch.eye(4)[:, None, None].expand(4, 3, 1, 4)
     goes_on = torch.stack([policy(state) > 0 for state in states])  # (states, S, 1, 1)
     assert not goes_on[:3].any() if wrong else goes_on.all()

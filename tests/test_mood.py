@@ -188,8 +188,8 @@ def test_td3_logs_a_custom_task(tmp_path):
     for domain, task, lengths in (("cheetah", "run_backward", [1000, 5]), ("humanoid", "stand", [25])):
         folder = tmp_path / domain / "log-v0"
         flags = "--learning-starts 5000 --hidden-sizes 4 --eval-episodes 0 --device cpu --num-steps".split()
-        done = harness.run("td3", "--env-id", f"mood:{domain}-{task}-v0", *flags, sum(lengths),
-                           "--run-dir", tmp_path / domain / "run", "--save-replay", folder)  # fmt: skip
+        done = harness.forked("td3", "--env-id", f"mood:{domain}-{task}-v0", *flags, sum(lengths),
+                              "--run-dir", tmp_path / domain / "run", "--save-replay", folder)  # fmt: skip
         assert done.returncode == 0, done.stderr
         out = tmp_path / domain / "made-v0"
         main("--domain", domain, "--target", task, "--sources", folder, "--share", 1, "--out", out)

@@ -1,5 +1,5 @@
-"""Runs of sac.py and td3.py in an environment that keeps a log of its own: who acts, what is logged, what a resumed run
-goes on with, seeds, learning. What they learn from a batch is tested in the scripts' own files."""
+"""Runs of sac.py and td3.py in an environment that keeps a log of its own: who acts, what is logged, what a
+resumed run goes on with, seeds, learning. What they learn from a batch is tested in the scripts' own files."""
 
 import os
 from unittest import mock
@@ -37,16 +37,17 @@ def read(folder):
 
 @pytest.mark.parametrize("script", ACT)
 def test_log_is_what_the_environments_saw(script, tmp_path):
-    """Every step of every seed, with a mask that is 0 at terminations only; actions are random at first, then the
-    policy's. The log has all episodes, of sac.py those of the first seed, in order, in the environment's own units,
-    terminations and truncations apart, also the last ones, which the run cuts."""
+    """Every step of every seed, with a mask that is 0 at terminations only; actions are random at first, then
+    the policy's. The log has all episodes, of sac.py those of the first seed, in order, in the environment's
+    own units, terminations and truncations apart, also the last ones, which the run cuts."""
     module = harness.load(script)
     folder = tmp_path / "logged" / "log-v3"
     flags = "--num-steps 60 --num-seeds 2 --learning-starts 30 --learning-rate 0".split()
     checkpoint = main(script, *flags, "--run-dir", tmp_path / "run", "--save-replay", folder)
     replay = checkpoint["agent"]["replay._extra_state"].numpy()
     assert replay.shape[1] == 60
-    agent = module.Agent(4, 2, module.Args(hidden_sizes=(8,), num_seeds=2, device="cpu"))  # has learned nothing
+    args = module.Args(hidden_sizes=(8,), num_seeds=2, device="cpu")
+    agent = module.Agent(4, 2, args)  # has learned nothing
     draws = [module.draw((0, 1), module.EXPLORATION, n, 2, (1, 2), "cpu") for n in range(60)]
     for s in range(2):
         rows = logged_rows(s)
@@ -76,9 +77,10 @@ def test_log_is_what_the_environments_saw(script, tmp_path):
     ],
 )
 def test_resume_goes_on_with_a_new_episode(script, capsys, tmp_path, flags, counts):
-    """... that the log keeps apart from the one the stop has cut. TD3's actor learns in every second update. The flags
-    of the resume count."""
-    before = main(script, "--num-steps", 30, "--learning-starts", 10, *flags.split(), "--run-dir", tmp_path / "run")
+    """... that the log keeps apart from the one the stop has cut. TD3's actor learns in every second update.
+    The flags of the resume count."""
+    flags += " --num-steps 30 --learning-starts 10"
+    before = main(script, *flags.split(), "--run-dir", tmp_path / "run")
     resume = "--resume", tmp_path / "run", "--num-steps", 50, "--learning-rate", 0, "--save-replay"
     after = main(script, *resume, tmp_path / "all" / "log-v0")
     assert "from step 30 on, with a new episode" in capsys.readouterr().out
@@ -98,7 +100,8 @@ def test_seed_k_among_three_is_the_run_with_seed_k(script, flags, tmp_path):
     runs = {}
     for seed, num_seeds in ((3, 3), (3, 1), (5, 1)):
         seeds = "--seed", seed, "--num-seeds", num_seeds, "--run-dir", tmp_path / f"{seed}-{num_seeds}"
-        runs[seed, num_seeds] = main(script, "--num-steps", 69, "--learning-starts", 20, *flags, *seeds)["agent"]
+        steps = "--num-steps", 69, "--learning-starts", 20
+        runs[seed, num_seeds] = main(script, *steps, *flags, *seeds)["agent"]
     together = runs[3, 3]
     for k in (0, 2):
         alone = runs[3 + k, 1]
@@ -118,8 +121,9 @@ def test_seed_k_among_three_is_the_run_with_seed_k(script, flags, tmp_path):
 )
 def test_learns_to_swing_up(tmp_path, script, flags, reached):
     """Pendulum, whose returns are about -1,200 with a random policy."""
-    same = "--env-id Pendulum-v1 --learning-starts 400 --batch-size 64 --hidden-sizes 64 64 --learning-rate 2e-3"
-    flags = *same.split(), *flags.split(), "--device", "cpu", "--run-dir", tmp_path / "run"
+    flags += " --env-id Pendulum-v1 --learning-starts 400 --batch-size 64 --hidden-sizes 64 64"
+    flags += " --learning-rate 2e-3 --device cpu --run-dir"
+    flags = *flags.split(), tmp_path / "run"
     if script == "sac":  # td3.py is run like this in test_dm_control_in_workers
         done = harness.run("sac", *flags)
         assert done.returncode == 0, done.stderr

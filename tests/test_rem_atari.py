@@ -5,11 +5,7 @@ carries the number of its episode and step, so that the truth about a transition
 import gzip
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
-import time
 
 import harness
 import numpy as np
@@ -22,7 +18,6 @@ rem = harness.load("rem_atari")
 A = 3  # actions of the small agents below
 SMALL = {"channels": (2, 3, 2), "hidden_size": 5, "batch_size": 3, "num_heads": 4, "device": "cpu"}
 TINY = "--channels 2 3 2 --hidden-size 8 --batch-size 4 --padding valid --device cpu".split()
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(harness.ROOT / "tests")}
 
 
 def make_agent(spread=None, **flags):
@@ -237,15 +232,15 @@ def test_evaluation():
 
 def run(script, *flags, kill_at=None):
     """What a script prints; with `kill_at`, it is killed once that file is there."""
-    command = [sys.executable, harness.ROOT / "algorithms" / f"{script}.py", *map(str, flags)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    while kill_at and not kill_at.exists() and process.poll() is None:
-        time.sleep(0.01)
+    process = harness.fork(script, *flags)
     if kill_at:
+        harness.wait_for(kill_at, process.is_alive)
         process.kill()
-    output, _ = process.communicate(timeout=600)
-    assert kill_at or process.returncode == 0
-    return output
+        process.join()
+        return harness.assert_no_orphans(process.pid)
+    done = harness.finish(process)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_log_of_dqn_atari_and_a_killed_run_on_it(tmp_path):
@@ -255,7 +250,8 @@ def test_a_log_of_dqn_atari_and_a_killed_run_on_it(tmp_path):
     online = [*tiny, "--num-steps", 600, "--learning-starts", 60, "--replay-size", 150, "--eval-every", 100,
               "--run-dir", tmp_path / "dqn", "--save-replay", tmp_path / "log"]  # fmt: skip
     run("dqn_atari", *online, kill_at=tmp_path / "dqn" / "checkpoint.pt")
-    run("dqn_atari", "--resume", tmp_path / "dqn")
+    done = harness.run("dqn_atari", "--resume", tmp_path / "dqn", PYTHONPATH=str(harness.ROOT / "tests"))  # as a user
+    assert done.returncode == 0, done.stderr
     folder = tmp_path / "log" / "replay_logs"
     replay = replay_of(folder)
     assert 0.9 * 600 < len(replay.valid) < 600 and len(replay.files) >= 6

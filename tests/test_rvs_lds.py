@@ -3,10 +3,7 @@ float64, and a task in which only who asks for the right return gets it. Data is
 
 import copy
 import math
-import os
 import pickle
-import subprocess
-import sys
 
 import gymnasium as gym
 import h5py
@@ -133,18 +130,12 @@ def lds_kernel(size, sigma):
     return np.array([np.dot(gaussian, padded[i : i + 2 * reach + 1]) for i in range(size)])
 
 
-def test_lds_weights_by_hand():
-    """In five bins 8, 1, 0, 0, 1 examples, the last at the edge. A kernel without a middle is refused."""
-    y = np.repeat([0.05, 0.25, 1.0], [8, 1, 1])
-    for size, expected in ((5, [0.555861, 0.580467, 4.972641]), (1, [0.416667, 3.333333, 3.333333])):
-        np.testing.assert_allclose(rvs.lds_weights(y, 5, size, 2.0)[[0, 8, 9]], expected, atol=5e-7)
+@pytest.mark.parametrize("num_bins, size, sigma", [(100, 5, 2), (37, 9, 1), (3, 7, 2), (20, 21, 3), (5, 1, 2)])
+def test_lds_weights_against_a_plain_convolution(num_bins, size, sigma):
+    """On a long tail with empty bins: bins by their edges, sums over the window by a loop. A kernel without a
+    middle is refused."""
     with pytest.raises(SystemExit, match="^error: "):
         make_args(kernel_size=4)
-
-
-@pytest.mark.parametrize("num_bins, size, sigma", [(100, 5, 2), (37, 9, 1), (3, 7, 2), (20, 21, 3)])
-def test_lds_weights_against_a_plain_convolution(num_bins, size, sigma):
-    """On a long tail with empty bins: bins by their edges, sums over the window by a loop."""
     y = np.random.default_rng(0).lognormal(3, 1.5, size=500)
     edges = np.linspace(y.min(), y.max(), num_bins + 1)
     bins = np.clip(np.searchsorted(edges, y, side="right") - 1, 0, num_bins - 1)
@@ -281,6 +272,7 @@ def test_what_update_gets(condition, weighting):
 
 
 # Learning -----------------------------------------------------------------------------------------
+BEHAVIOUR_CLONING = "--condition none --weighting none --run-dir bc"
 MODULE = """
 import gymnasium as gym, numpy as np
 class Sign(gym.Env):
@@ -294,16 +286,7 @@ gym.register("Sign-v0", Sign, max_episode_steps=10)
 """
 
 
-def last_line(tmp_path, *flags):
-    """... that a run prints, one as a user's; evaluation workers are processes of their own."""
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    options = dict(cwd=tmp_path, env=env, capture_output=True, text=True)
-    done = subprocess.run([sys.executable, rvs.__file__, *map(str, flags)], **options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
-
-
-def test_who_asks_for_more_gets_more(tmp_path):
+def test_who_asks_for_more_gets_more(monkeypatch, tmp_path, capsys):
     """One episode in four acts 0.5 and is paid 1 a step, the others act -0.5 and are paid -1. Asked for the
     best, 10, the policy does what is paid; asked for -10, the contrary; cloning does what most did."""
     (tmp_path / "signs.py").write_text(MODULE)
@@ -316,9 +299,12 @@ def test_who_asks_for_more_gets_more(tmp_path):
         file["rewards"] = np.sign(action)
         file["terminals"] = np.zeros(400, bool)
         file["timeouts"] = np.arange(400) % 10 == 9
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     flags = "--dataset log.hdf5 --env-id signs:Sign-v0 --eval-episodes 1 --num-updates 200".split()
-    flags += "--hidden-sizes 32 32 --batch-size 64 --learning-rate 0.005".split()
-    assert last_line(tmp_path, *flags, "--run-dir", "rvs").startswith("return 10.0,")
-    assert "return -10.0," in last_line(tmp_path, "--evaluate", "rvs", "--target-return", -10)
-    flags += "--condition none --weighting none --run-dir bc".split()
-    assert last_line(tmp_path, *flags).startswith("return -10.0,")
+    flags += "--hidden-sizes 32 32 --batch-size 64 --learning-rate 0.005 --device cpu".split()
+    done = harness.run("rvs_lds", *flags, "--run-dir", "rvs", PYTHONPATH=str(tmp_path))  # evaluates in other processes
+    assert done.stdout.splitlines()[-1].startswith("return 10.0,"), done.stderr
+    for other in "--evaluate rvs --target-return=-10".split(), flags + BEHAVIOUR_CLONING.split():
+        harness.run_main("rvs_lds", *other)
+        assert "return -10.0," in capsys.readouterr().out.splitlines()[-1]

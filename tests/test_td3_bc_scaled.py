@@ -5,7 +5,6 @@ import math
 import pickle
 
 import harness
-import numpy as np
 import pytest
 import torch
 from reference import Scaled, adams_with, check_updates, random_batch, randomize
