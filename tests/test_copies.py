@@ -130,17 +130,15 @@ def test_the_comparison_notices_one_character(tmp_path, old, new, name):
 def size_table():
     """README's table: sizes, and which other script differs least, by lines removed and added."""
     lines = {path: path.read_text().splitlines() for path in harness.SCRIPTS}
-    rows = ["| script | tokens of code | of them the method | lines | nearest | lines that differ |", "|---|---|---|---|---|---|"]
+    rows = ["| script | tokens of code | of them the method | nearest | lines that differ |", "|---|---|---|---|---|"]
     for path in harness.SCRIPTS:
-        tokens, plumbing, num_lines, *_ = sizes(path.read_text())
+        tokens, plumbing, *_ = sizes(path.read_text())
         others = []
         for other in lines.keys() - {path}:
             diff = difflib.unified_diff(lines[path], lines[other], n=0, lineterm="")
             others.append((sum(line[0] in "+-" for line in diff) - 2, other.name))
         differing, nearest = min(others)
-        rows.append(
-            f"| `{path.name}` | {tokens:,} | {tokens - plumbing:,} | {num_lines} | `{nearest}` | {differing} |"
-        )
+        rows.append(f"| `{path.name}` | {tokens:,} | {tokens - plumbing:,} | `{nearest}` | {differing} |")
     return "\n".join(rows)
 
 
