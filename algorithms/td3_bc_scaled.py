@@ -37,6 +37,7 @@ Run:      python algorithms/td3_bc_scaled.py --target-update-rate 0.02 --batch-s
 Expected: score 23 +- 1 (three seeds); the average episode of the data has 12
 Paper:    --preset locomotion
 Nine tenths of the data random:  --preset locomotion-0.1
+MOOD:     --preset mood --dataset mood/walker-run-v0 --env-id mood:walker-run-v0
 AntMaze:  --preset antmaze --reward-transform shift --eval-every 100000 --eval-episodes 100
 """
 
@@ -82,6 +83,7 @@ NOISE_CLIP = 1.5  # standard deviations, 0.3: bound of the policy's noise where 
 TD3_BC_TESTBEDS = {
     "preset": ("architecture", "num_critics", "pessimism", "num_updates"),
     "small": ("simple-small", 2, 0.5, 1_000_000),
+    "mood": ("simple-large", 5, 0.5, 1_500_000),
     "antmaze": ("modern", 5, 0.0, 2_000_000),
     "locomotion": ("modern", 5, 0.5, 2_000_000),
     "locomotion-0.1": ("modern", 10, 0.5, 2_000_000),
@@ -94,7 +96,7 @@ class Args:
     env_id: str | None = None  # evaluation environment, also `module:Env-v0`; default: the data's
     seed: int = 0  # first seed; agent s uses seed + s
     num_seeds: int = 1  # agents trained side by side in one batched computation
-    preset: Literal["small", "antmaze", "locomotion", "locomotion-0.1"] = "small"  # of the next four, at the start
+    preset: Literal["small", "mood", "antmaze", "locomotion", "locomotion-0.1"] = "small"  # of the next four, at first
     architecture: Literal["simple-small", "simple-large", "modern"] | None = None  # networks of Table 7
     num_critics: int | None = None  # critics in the ensemble
     pessimism: float | None = None  # lambda: how far Q_bar is below the mean; 0.5 of 2 critics: their minimum
@@ -234,7 +236,7 @@ class ModernMLP(MLP):
         shape = len(generators) * C, len(inner), 1, width
         self.register_buffer("stretched", torch.full(shape, width**-0.5))  # unit vectors, see inner_layer
         self.scale = nn.Parameter(torch.ones(shape)[:, ::2].clone())  # of LayerNorm, one for each block
-        self.shift = nn.Parameter(torch.zeros(shape)[:, ::2].clone())
+        self.shift = nn.Parameter(torch.zeros_like(self.scale))
 
     def inner_layer(self, i, x):
         """x times weight i over its largest singular value, plus bias i. Power iteration, which turns

@@ -1,6 +1,7 @@
 """Rewards of mood.py against those of environments that went the same way, against mechanics by hand and shimmy's
 environments; its datasets against the logs they are made of, and an offline script that learns from one."""
 
+import json
 import os
 import sys
 from unittest import mock
@@ -10,6 +11,7 @@ import harness
 import minari
 import numpy as np
 import pytest
+import torch
 
 suite = pytest.importorskip("dm_control.suite", reason="dm_control is not installed: pip install dm-control==1.0.44")
 mood = harness.load("mood")
@@ -176,11 +178,24 @@ def test_mixture(tmp_path, capsys):
         np.testing.assert_array_equal(one.observations, other.observations)
     assert "--dataset" in capsys.readouterr().out.splitlines()[-1]
 
-    flags = *harness.small("iql_red"), "--num-updates", 20, "--eval-episodes", 1, "--env-id", "mood:walker-run-v0"
-    done = harness.run("iql_red", *flags, "--dataset", tmp_path / "made" / "a-v0", "--run-dir", tmp_path / "run")
+    flags = *harness.small("asac"), "--num-updates", 20, "--eval-episodes", 1, "--env-id", "mood:walker-run-v0"
+    done = harness.run("asac", *flags, "--dataset", tmp_path / "made" / "a-v0", "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     rows = harness.read_evaluations(tmp_path / "run")
     assert rows["length"] == 1000 and rows["normalized_score"] == pytest.approx(rows["return"] / 7.3)
+
+
+@pytest.mark.parametrize("script", ["asac", "awac", "iql_scaled", "td3_bc_scaled"])
+def test_preset(script, tmp_path):
+    """The paper's networks for MOOD, on the embedded mixture: simple and large, 5 critics."""
+    flags = "--preset", "mood", "--dataset", "mood/walker-run-v0", "--eval-episodes", 0, "--batch-size", 4
+    harness.run_main(script, *flags, "--num-updates", 20, "--log-every", 20, "--run-dir", tmp_path / "run")
+    args = json.loads((tmp_path / "run" / "config.json").read_text())["args"]
+    settings = [args[name] for name in ("architecture", "num_critics", "pessimism")]
+    assert settings == ["simple-large", 5, 0.5]
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
+    shapes = [x.shape for name, x in checkpoint.items() if name.startswith("critic.weights")]
+    assert shapes == [(5, 30, 256), (5, 256, 256), (5, 256, 256), (5, 256, 1)]
 
 
 def test_td3_logs_a_custom_task(tmp_path):

@@ -35,7 +35,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 # of scripts that do not count in --num-updates
-LENGTH = dict.fromkeys(["sac", "dqn_atari", "rem_online_atari"], "--num-steps") | {"bred": "--online-steps"}
+LENGTH = dict.fromkeys(["sac", "td3", "dqn_atari", "rem_online_atari"], "--num-steps") | {"bred": "--online-steps"}
 
 
 @dataclass

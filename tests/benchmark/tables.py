@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import tyro
 from scores import ROOT, read_grid, read_scores
 
@@ -36,9 +37,9 @@ class Args:
 # Statistics ---------------------------------------------------------------------------------------
 def interval(strata, statistic, resamples=20_000):
     """95 % bootstrap interval of statistic(strata): seeds are drawn anew, within each stratum (n,)."""
-    rng = np.random.default_rng(0)
-    drawn = [np.asarray(x)[rng.integers(len(x), size=(resamples, len(x)))] for x in strata]
-    return np.quantile(statistic(drawn), [0.025, 0.975])
+    options = {"n_resamples": resamples, "method": "percentile", "rng": np.random.default_rng(0)}
+    result = scipy.stats.bootstrap(strata, lambda *drawn, axis: statistic(drawn), vectorized=True, **options)
+    return result.confidence_interval
 
 
 def mean(strata):
