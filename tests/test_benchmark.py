@@ -11,11 +11,9 @@ from pathlib import Path
 import harness
 import numpy as np
 import pytest
-import torch
 import tyro
 
 sys.path.insert(0, str(harness.ROOT / "tests" / "benchmark"))
-import ddpg_offline  # noqa: E402
 import scores  # noqa: E402
 import tables  # noqa: E402
 
@@ -200,42 +198,3 @@ def test_scripts_accept_the_flags_of_grids(grid):
     assert content["title"] and content["claim"] and len({x.name for x in cells.values()}) == len(cells)
     for cell in cells.values():
         tyro.cli(harness.load(Path(cell.script).name).Args, args=list(cell.flags))
-
-
-def test_offline_ddpg():
-    """One step of plain gradient descent is that of the equations, on the first critic alone and without noise."""
-    args = ddpg_offline.Args(hidden_sizes=(5,), num_seeds=2, gamma=0.9, target_update_rate=0.25, device="cpu")
-    rng = np.random.default_rng(0)
-    obs, next_obs = torch.tensor(rng.normal(size=(2, 2, 6, 3)), dtype=torch.float32)
-    action = torch.tensor(rng.uniform(-1, 1, (2, 6, 2)), dtype=torch.float32)
-    reward, not_terminated, noise = torch.ones(2, 6), torch.ones(2, 6), torch.full((2, 6, 2), torch.nan)
-    not_terminated[:, 0] = 0
-    agent = ddpg_offline.td3.Agent(np.float32([[0, 0, 0], [2, 2, 2]]), 2, args)  # which normalizes s to s - 1
-    agent.optimizers = {name: torch.optim.SGD(getattr(agent, name).parameters(), 0.1) for name in ("actor", "critic")}
-
-    def network(mlp, k):
-        """Weights and biases of one of its networks, and the network as a function of them."""
-        parameters = [x[k].clone().requires_grad_() for pair in zip(mlp.weights, mlp.biases) for x in pair]
-        return parameters, lambda x: (x @ parameters[0] + parameters[1]).relu() @ parameters[2] + parameters[3]
-
-    expected = []
-    for s in range(2):
-        actor, pi = network(agent.actor[0], s)
-        critic, q = network(agent.critic, 2 * s)
-        o, next_o = ((x[s] - 1) / 1.001 for x in (obs, next_obs))
-        next_q = q(torch.cat([next_o, pi(next_o).tanh()], 1)).detach()[:, 0]  # targets begin as copies
-        error = q(torch.cat([o, action[s]], 1))[:, 0] - (1 + 0.9 * not_terminated[s] * next_q)
-        gradients = torch.autograd.grad(error.square().mean(), critic)
-        with torch.no_grad():
-            for x, gradient in zip(critic, gradients):
-                x -= 0.1 * gradient
-        gradients = torch.autograd.grad(-q(torch.cat([o, pi(o).tanh()], 1)).mean(), actor)
-        expected.append([x - 0.1 * gradient for x, gradient in zip(actor, gradients)] + critic)
-    old_target = agent.target_actor[0].weights[0].clone()
-    ddpg_offline.update(agent, obs, action, reward, next_obs, not_terminated, noise, False, args)
-    for s in range(2):
-        found = network(agent.actor[0], s)[0] + network(agent.critic, 2 * s)[0]
-        for x, y in zip(found, expected[s], strict=True):
-            torch.testing.assert_close(x, y)
-    moved = old_target.lerp(agent.actor[0].weights[0], 0.25)
-    torch.testing.assert_close(agent.target_actor[0].weights[0], moved)

@@ -1,5 +1,7 @@
 """The mathematics of td3_bc_red.py against what shares no code with it: numbers worked by hand and whole
-updates in float64. Probabilities and draws are those of iql_red.py, whose test checks them."""
+updates in float64; and offline DDPG, of tests/benchmark. Samplers are those of iql_red.py, whose test checks them."""
+
+import sys
 
 import harness
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 import torch
 from reference import Learner, adams_with, check_updates, forward, random_batch, randomize
 
+sys.path.insert(0, str(harness.ROOT / "tests" / "benchmark"))
+ddpg = harness.load("ddpg_offline")
 td3 = harness.load("td3_bc_red")
 
 OBS_DIM = 4
@@ -81,7 +85,26 @@ class Reference(Learner):
         return {name: x.mean().item() for name, x in logged.items()}
 
 
-def test_updates_against_float64():
+class DDPG(Reference):
+    """One seed of DDPG: the first critic alone, no noise, everything moves at every update."""
+
+    def update(self, obs, action, reward, next_obs, not_terminated, noise, actor_turn):
+        obs, next_obs = (obs - self.mean) / self.std, (next_obs - self.mean) / self.std
+        next_action = forward(self.nets["target_actor"], next_obs)[0].tanh()
+        next_q = forward(self.nets["target_critic"], torch.cat([next_obs, next_action], 1))[0, :, 0]
+        q = forward(self.nets["critic"], torch.cat([obs, action], 1))[0, :, 0]
+        critic_loss = torch.mean((q - reward - self.args.gamma * not_terminated * next_q.detach()) ** 2)
+        self.minimize(critic=critic_loss)
+        policy_action = forward(self.nets["actor"], obs)[0].tanh()
+        actor_loss = -torch.mean(forward(self.nets["critic"], torch.cat([obs, policy_action], 1))[0])
+        self.minimize(actor=actor_loss)
+        self.move_targets("actor", "critic")
+        logged = {"loss/critic": critic_loss, "loss/actor": actor_loss, "value/q": q}
+        return {name: x.mean().item() for name, x in logged.items()}
+
+
+@pytest.mark.parametrize("script, Reference", [(td3, Reference), (ddpg, DDPG)])
+def test_updates_against_float64(script, Reference):
     """Four updates of two seeds, which do not mix: what is logged, and all parameters."""
     args = make_args(num_seeds=2, learning_rate=2**-5, target_update_rate=0.25)  # exact in float32
     agent = make_agent(args, size=0.6).double()
@@ -91,4 +114,4 @@ def test_updates_against_float64():
     for n in range(1, 5):
         *batch, noise = random_batch(2, 32, OBS_DIM, ACTION_DIM, (2, 32, ACTION_DIM), n, torch.float64)
         batches.append([*batch, 2 * noise, n % 2 == 0])
-    check_updates(td3, agent, references, batches, args)
+    check_updates(script, agent, references, batches, args)
