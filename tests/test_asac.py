@@ -216,9 +216,3 @@ def test_what_the_learner_sees(transform, shift):
                 drawn = np.searchsorted(np.cumsum(P), uniforms[n, s, :, 1], side="right")
                 assert np.mean(index[step + n, s, 512:] == drawn) > 0.99  # rounding
     assert np.abs(leaves[-1]).max() > 5  # the draws were not even
-
-
-def test_presets():
-    """Tables 7 and 8, Figure 7; what is given comes first."""
-    args = asac.Args(preset="antmaze", beta=0.3)
-    assert [getattr(args, name) for name in asac.ASAC_TESTBEDS["preset"]] == ["modern", 5, 0, 0.3, 2_000_000]

@@ -21,7 +21,6 @@ def make_args(**flags):
     return awac.Args(**{"hidden_sizes": (16, 16), "device": "cpu", **flags})
 
 
-# Weights, actions ---------------------------------------------------------------------------------
 def test_weights_by_hand():
     """A softmax over the batch; A_max is a bound from above only, and before the division by beta."""
 
@@ -49,7 +48,6 @@ def test_online_actions_are_drawn_from_the_policy():
     assert mean.abs().max() < 0.8 and not agent.explore(obs, noise).requires_grad
 
 
-# The update ---------------------------------------------------------------------------------------
 class Reference(Scaled):
     """One seed of AWAC, written from the equations."""
 

@@ -31,7 +31,6 @@ def make_agent(args, size=0.6):
     return agent
 
 
-# The update, the policy ---------------------------------------------------------------------------
 class Reference(Learner):
     """One seed of BCQ, written from the equations, one candidate at a time, with Adam by hand."""
 
@@ -157,7 +156,6 @@ def test_a_share_is_a_share():
         bcq.Args(min_weight=1.5)
 
 
-# Learning -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("gamma", [0.99, 0.0])
 def test_bcq_looks_ahead_and_stays_in_the_data(monkeypatch, gamma):
     """A log of actions a between -0.5 and 0.5, whose clone is 0. The first costs 0.5 a; the second step pays 2 a and

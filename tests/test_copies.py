@@ -108,10 +108,8 @@ def update(x):
     "old, new, name",
     [
         ("2 * x", "3 * x", "double"),
-        ("Twice x.", "Twice x", "double"),
         ("no rounding", "no roundinG", "double"),
         ("@property", "@propertY", "double"),
-        ("# first", "# First", "NAMES"),
         ("# why these", "# why those", "NAMES"),
         ('"b": 2', '"b": 3', "NAMES"),
     ],
@@ -267,13 +265,8 @@ class SummaryWriter:
 def test_a_copier(name, tmp_path):
     """A file elsewhere, whose readers went in one block for one's own arrays, and TensorBoard for one's own logger."""
     text = (harness.ROOT / "algorithms" / f"{name}.py").read_text()
-    (data,) = [node for node in ast.parse(text).body if names_of(node) == ["Data"]]
-    kept = text.splitlines(keepends=True)[: data.end_lineno]
-    rest = text[text.index("# Plumbing of all scripts") :]
-    text = "".join(kept) + OWN + rest
-    for line in ("import h5py", "import minari", "from torch.utils.tensorboard import SummaryWriter"):
-        assert text.count(line + "\n") == 1
-        text = text.replace(line + "\n", "")
+    readers = text[text.index("\n\n# D4RL's returns") : text.index("# Plumbing of all scripts")]
+    text = re.sub("import h5py\n|import minari\n|from torch.utils.tensorboard .*\n", "", text.replace(readers, OWN))
     (tmp_path / "mine.py").write_text(text)
     flags = "--num-updates 40 --log-every 20 --batch-size 8 --hidden-sizes 4 --device cpu --eval-episodes 0".split()
     done = subprocess.run([sys.executable, "mine.py", *flags], cwd=tmp_path, capture_output=True, text=True)

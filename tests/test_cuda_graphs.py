@@ -178,7 +178,6 @@ def test_a_run_in_graphs_ends_as_an_eager_one(script, data, emulated, tmp_path):
     assert made and harness.differing_leaves(tmp_path / "graphs", tmp_path / "eager") == []
 
 
-# The emulation notices ----------------------------------------------------------------------------
 def sum_of_squares():
     total = torch.zeros(1)
     return lambda x: total.add_(x * x).clone()

@@ -221,14 +221,6 @@ def test_stage_1_is_iql(monkeypatch, data, tmp_path):
     assert different and all(path.startswith("/agent/target_critic.") for path in different)  # which go on
 
 
-@pytest.mark.parametrize(
-    "name, value", [("stage2_updates", 0), ("stage2_updates", 30), ("stage2_rate", -0.1), ("warm_up", 1.1)]
-)
-def test_flags_out_of_range(name, value):
-    with pytest.raises(SystemExit, match=f"^error: {name} .*; give a"):
-        make_args(**{name: value})
-
-
 # Learning -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("finetune", ["backbone", "all"])
 def test_stage_2_turns_to_the_good_episodes(finetune):

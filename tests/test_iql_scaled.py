@@ -44,7 +44,6 @@ def make_data(lengths=LENGTHS, returns=RETURNS, obs=None):
     return iql.Data(*columns[:5], np.array(returns, np.float64), np.array(lengths), None, (math.nan, math.nan))
 
 
-# Probabilities ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "sampler, temperature, mean",
     [("uniform", 0.1, 6.5), ("red", 0.1, 8.846154), ("rw", 0.1, 9.979687), ("rw", 1, 7.822001), ("rw", 1e-5, 10)],
@@ -83,7 +82,6 @@ def test_equal_returns_are_drawn_evenly(sampler, returns):
     np.testing.assert_allclose(P, 0.1)
 
 
-# Networks -----------------------------------------------------------------------------------------
 def modern(x, weights, biases, scale, shift):
     """One modern network in numpy: x + W2 relu(W1 LN(x)), W1 and W2 over their largest singular values."""
     x = np.maximum(x @ weights[0] + biases[0], 0)
@@ -162,7 +160,6 @@ def test_targets_take_over_the_singular_vectors():
     assert not torch.equal(agent.critic.stretched, first)
 
 
-# The update ---------------------------------------------------------------------------------------
 class Reference(Scaled):
     """One seed of IQL at scale, written from the equations."""
 

@@ -187,7 +187,8 @@ def test_mixture(tmp_path, capsys):
 
 @pytest.mark.parametrize("script", ["asac", "awac", "iql_scaled", "td3_bc_scaled"])
 def test_preset(script, tmp_path):
-    """The paper's networks for MOOD, on the embedded mixture: simple and large, 5 critics."""
+    """The paper's networks for MOOD, on the embedded mixture: simple and large, 5 critics. Given flags come first."""
+    assert harness.load(script).Args(preset="mood", num_critics=3).num_critics == 3
     flags = "--preset", "mood", "--dataset", "mood/walker-run-v0", "--eval-episodes", 0, "--batch-size", 4
     harness.run_main(script, *flags, "--num-updates", 20, "--log-every", 20, "--run-dir", tmp_path / "run")
     args = json.loads((tmp_path / "run" / "config.json").read_text())["args"]

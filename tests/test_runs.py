@@ -198,8 +198,8 @@ def test_run_folders_never_collide(script, data, finished, run_dir, tmp_path):
 def test_flags_that_would_train_something_else_are_refused(script):
     """Rates outside [0, 1]; periods that end between two chunks of updates."""
     Args = harness.load(script).Args
-    rates = {"gamma": 1.5, "target_update_rate": -0.1, "dropout": 2.0, "expectile": 7.0}
-    periods = {"num_updates": 130, "eval_every": 50, "log_every": 10}
+    rates = {"gamma": 1.5, "target_update_rate": -0.1, "dropout": 2.0, "expectile": 7.0, "stage2_rate": -0.1, "warm_up": 1.1}
+    periods = {"num_updates": 130, "eval_every": 50, "log_every": 10, "stage2_updates": 30}
     for name, value in (rates | periods).items():
         if name in Args.__dataclass_fields__:
             with pytest.raises(SystemExit, match="^error: "):

@@ -30,7 +30,6 @@ def make_agent(args, size=0.0, obs=None):
     return agent
 
 
-# Networks -----------------------------------------------------------------------------------------
 def test_observations_are_normalised_by_all_of_the_data():
     """TD3+BC (4); what is saved has mean and deviation, so that a policy takes observations as they come."""
     obs = np.random.default_rng(0).normal(5, 3, size=(1000, OBS_DIM))
@@ -52,7 +51,6 @@ def test_first_weights():
             assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
 
 
-# The update ---------------------------------------------------------------------------------------
 class Reference(Learner):
     """One seed of TD3+BC, written from the equations, with Adam by hand."""
 

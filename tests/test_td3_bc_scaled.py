@@ -31,7 +31,6 @@ def make_batch(S=1, B=32, seed=0, dtype=torch.float32):
     return random_batch(S, B, OBS_DIM, ACTION_DIM, (S, 2 * B, ACTION_DIM), seed, dtype)
 
 
-# Ensemble and acting ------------------------------------------------------------------------------
 def test_pessimism():
     """0.5: the mean over pairs of the smaller one; two critics: the minimum; 0: the mean."""
     q = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -107,7 +106,6 @@ def test_an_episode_of_best_of_samples_is_repeatable():
     assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
 
 
-# The update ---------------------------------------------------------------------------------------
 class Reference(Scaled):
     """One seed of TD3+BC at scale, written from the equations."""
 
