@@ -110,7 +110,7 @@ def main(d3rlpy: Path, updates: int = 10_000, seeds: int = 3, only: tuple[str, .
     import tables
 
     data = iql_red.load_data(iql_red.Args())
-    cut = np.isin(np.arange(len(data.obs)), data.lengths.cumsum() - 1) & ~data.terminated.astype(bool)
+    cut = np.isin(np.arange(len(data.obs)), data.lengths.cumsum() - 1) & (data.terminated == 0)
     low, high = data.references
     for name in only:
         limit = {"IQL": 1 - 1e-5, "CQL": 0.999}.get(name, 1)  # as main() of our scripts
@@ -134,9 +134,10 @@ def main(d3rlpy: Path, updates: int = 10_000, seeds: int = 3, only: tuple[str, .
             last_line(sys.executable, ROOT / f"algorithms/{script}.py", *flags)
             rows = np.genfromtxt(path.with_suffix("") / "evaluations.csv", delimiter=",", names=True)
             last = rows["update"] > 0.75 * updates
-            ours = [rows["return"][last & (rows["seed"] == seed)].mean() for seed in range(seeds)]
-            both = ours, [float(*last_line(*theirs, updates, seed)) for seed in range(seeds)]
-            cells = [tables.with_interval([100 * (np.array(x) - low) / (high - low)], tables.mean) for x in both]
+            ours = [rows["normalized_score"][last & (rows["seed"] == seed)].mean() for seed in range(seeds)]
+            returns = np.array([float(*last_line(*theirs, updates, seed)) for seed in range(seeds)])
+            both = ours, 100 * (returns - low) / (high - low)
+            cells = [tables.with_interval([x], tables.mean) for x in both]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
