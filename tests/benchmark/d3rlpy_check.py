@@ -136,8 +136,7 @@ def main(d3rlpy: Path, updates: int = 10_000, seeds: int = 3, only: tuple[str, .
             last = rows["update"] > 0.75 * updates
             ours = [rows["normalized_score"][last & (rows["seed"] == seed)].mean() for seed in range(seeds)]
             returns = np.array([float(*last_line(*theirs, updates, seed)) for seed in range(seeds)])
-            both = ours, 100 * (returns - low) / (high - low)
-            cells = [tables.with_interval([x], tables.mean) for x in both]
+            cells = [tables.with_interval([x], tables.mean) for x in (ours, 100 * (returns - low) / (high - low))]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

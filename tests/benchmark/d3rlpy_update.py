@@ -35,13 +35,11 @@ STEPS = {
 NOISE = {"TD3PlusBC": (256, 3), "CRR": (5, 256, 3), "BCQ": (12 * 256, 6), "CQL": (32, 256, 3)}
 
 
-def ours(name, path):
+def ours(name, data, path):
     """Writes the weights before and after our update, layer by layer, and its batch."""
-    sys.path.append(str(d3rlpy_check.ROOT / "algorithms"))
     module = __import__(SCRIPTS[name])
     options = {"vae_hidden_sizes": (128, 128), "learning_rate": 1e-3} if name == "BCQ" else {}
     args = module.Args(hidden_sizes=(128, 128), batch_size=256, device="cpu", **options)
-    data = module.load_data(args)
     chosen = np.random.default_rng(0).choice(len(data.obs), 256)
     columns = data.obs, data.action.clip(-0.999, 0.999), data.reward, data.next_obs, 1 - data.terminated
     batch = [torch.from_numpy(np.float32(column[chosen]))[None] for column in columns]
@@ -111,20 +109,25 @@ def theirs(name, path):
         ):
             getattr(algo.impl, call)(torch_batch, *([0] if call == "inner_update" else []))
         for key in compared:
-            made = [torch.cat([torch.cat([x.weight, x.bias[:, None]], 1) for x in group]) for group in groups(nets[key])]
-            differences = [(x.detach() - torch.from_numpy(saved[f"after {key} {i}"])).abs() for i, x in enumerate(made)]
-            steps = [np.abs(saved[f"after {key} {i}"] - saved[f"before {key} {i}"]).max() for i in range(len(made))]
-            flat = torch.cat([x.flatten() for x in differences])
-            share = 100 * (flat > 1e-6).float().mean()
-            print(f"{name} {key}: {flat.max():.1e}, {share:.2f} % above 1e-6; our largest step {max(steps):.1e}")
+            differences = []
+            for i, group in enumerate(groups(nets[key])):
+                made = torch.cat([torch.cat([x.weight, x.bias[:, None]], 1) for x in group])  # (out, in + 1)
+                differences.append((made.detach() - torch.from_numpy(saved[f"after {key} {i}"])).abs().flatten())
+            differences = torch.cat(differences)
+            share = 100 * (differences > 1e-6).float().mean()
+            print(f"{name} {key}: {differences.max():.1e}, {share:.2f} % above 1e-6", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1] in SCRIPTS:
         theirs(*sys.argv[1:])
     else:
+        sys.path.append(str(d3rlpy_check.ROOT / "algorithms"))
+        import iql_red
+
+        data = iql_red.load_data(iql_red.Args())
         with tempfile.TemporaryDirectory() as folder:
             for name in SCRIPTS:
                 path = Path(folder, f"{name}.npz")
-                ours(name, path)
+                ours(name, data, path)
                 subprocess.run([sys.argv[1], __file__, name, path], check=True)
