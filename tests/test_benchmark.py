@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import harness
@@ -26,6 +27,7 @@ how = "resume" if "--resume" in flags else "fresh"
 os.chdir(Path(__file__).parent)
 with open("journal", "a") as journal:
     journal.write(f"{how}\\n")
+print(how, os.getpid(), os.environ.get("RAY_RAYLET_PID"), flush=True)
 folder.mkdir(exist_ok=how == "resume")
 first = int((folder / "checkpoint.pt").read_text()) if how == "resume" else 0
 for update in range(first + 20, 301, 20):
@@ -119,20 +121,34 @@ def test_print(tmp_path):
 
 
 def test_ray(tmp_path):
-    """A cell whose node is killed goes on from its checkpoint on another one."""
+    """A node is killed with a cell on it: the cell goes on from its checkpoint on another node. What was finished
+    there stays, also when all is asked for again."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    world = World(tmp_path, pause=2)
+    world = World(tmp_path, pause=0.5)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    node = cluster.add_node(num_cpus=1)
-    runner = subprocess.Popen([*world.command, "--ray-address", cluster.address, "--ray", "--only", "^a-one"])
-    harness.wait_for(world.checkpoint, lambda: runner.poll() is None)
-    cluster.add_node(num_cpus=1)
-    cluster.remove_node(node, allow_graceful=False)
-    assert runner.wait(120) == 0
-    assert world.journal() == ["fresh", "resume"] and len(world.lines()) == 3
-    cluster.shutdown()
+    try:
+        node = cluster.add_node(num_cpus=1)  # for one cell at a time
+        command = [*world.command, "--ray-address", cluster.address, "--ray"]
+        runner = subprocess.Popen(command)
+        while len([*world.args.out.glob("toy/*/checkpoint.pt")]) < 2:  # one is finished, the next under way
+            assert runner.poll() is None
+            time.sleep(0.01)
+        assert world.journal() == ["fresh"] * 2 and len(world.lines()) == 1 + 2
+        cluster.remove_node(node, allow_graceful=False)  # kill -9
+        cluster.add_node(num_cpus=1)
+        assert runner.wait(200) == 0
+        subprocess.run(command, check=True, timeout=100)
+    finally:
+        cluster.shutdown()
+    assert sorted(world.journal()) == ["fresh"] * 3 + ["resume"]  # none was begun anew, none ran twice
+    seeds = [line.split(",")[2:4] for line in world.lines()[1:]]
+    assert sorted(seeds) == sorted([cell.name, seed] for cell in world.cells.values() for seed in "01")
+    logs = [path.read_text() for path in world.args.out.glob("toy/*.log")]
+    (killed,) = [log for log in logs if "resume" in log]
+    (_, process, first_node), (_, _, second_node) = [line.split() for line in killed.splitlines()]
+    assert first_node != second_node and not os.path.exists(f"/proc/{process}")
 
 
 def test_statistics():

@@ -214,7 +214,8 @@ def run_cells(cells, args):
     if args.ray:
         import ray
 
-        ray.init(address=args.ray_address)
+        # without `local` it waits minutes for any cluster that once ran here, and is no more
+        ray.init(address=args.ray_address or "local")
         # a task whose worker or node dies is started again elsewhere, and goes on from the checkpoint
         submit = ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=10)(run_cell).remote
         result = ray.get
