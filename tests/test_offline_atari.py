@@ -284,7 +284,7 @@ def test_learns_catch(tmp_path, capsys, script):
     policy of its own, is run as a user does."""
     run = tmp_path / "run"
     flags = re.search(r"(--channels .*--target-every 100)", harness.load(script).__doc__, re.DOTALL)[1].split()
-    flags += "--num-updates 1000 --eval-every 1000 --eval-episodes 40 --device cpu --dataset atari/catch".split()
+    flags += "--num-updates 1000 --batch-size 16 --eval-every 1000 --eval-episodes 40 --device cpu --dataset atari/catch".split()
     flags += ["--env-id", "catch:Catch-v0", "--run-dir", run]
     if script == "c51_atari":
         done = harness.run(script, *flags, PYTHONPATH=str(harness.ROOT / "tests"))
