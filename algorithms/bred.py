@@ -24,10 +24,9 @@ smaller of member i's two critics; a~ and a' are fresh actions of the policy at 
     targets      Q_target <- (1 - target_update_rate) Q_target + target_update_rate Q
 
 What differs from the paper, or is not in it.
-    - Distillation is before the tanh, where policies are Gaussian. One state in a hundred validates; each
-      seed stops for itself. Temperatures start at the members' geometric mean, which never cloned.
-    - All gradients of an update belong to the same old networks, as in rlkit. The first epoch's 9,000
-      more updates are a share of --online-steps.
+    - Distillation is before the tanh, where policies are Gaussian. One state in a hundred validates; each seed
+      stops for itself. Temperatures start at the members' geometric mean. All gradients of an update are of
+      the same old networks, as in rlkit. The first epoch's 9,000 more updates are a share of --online-steps.
     - Seeds share the members in order: ten members and --num-seeds 2 are two ensembles of five,
       --num-seeds 10 plain CQL agents, which keep their policies.
 
@@ -224,10 +223,10 @@ def lecun_normal(weight, bias, generator):
 class MLP(nn.Module):
     """S * C independent networks side by side: weights (S * C, in, out), one batched product a layer."""
 
-    def __init__(self, sizes, init, generators, C=1, activation=torch.relu_):
+    def __init__(self, sizes, init, generators, C=1):
         super().__init__()
         self.C = C
-        self.activation = activation
+        self.activation = torch.relu_
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         num_networks = len(generators) * C
@@ -242,7 +241,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
-        x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
+        if self.C > 1:
+            x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
         for i, (weight, bias) in enumerate(self.layers):
             if i > 0:
                 x = self.activation(x)

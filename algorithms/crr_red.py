@@ -181,10 +181,10 @@ def fan_in_uniform(weight, bias, generator):
 class MLP(nn.Module):
     """S * C independent networks side by side: weights (S * C, in, out), one batched product a layer."""
 
-    def __init__(self, sizes, init, generators, C=1, activation=torch.relu_):
+    def __init__(self, sizes, init, generators, C=1):
         super().__init__()
         self.C = C
-        self.activation = activation
+        self.activation = torch.relu_
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         num_networks = len(generators) * C
@@ -199,7 +199,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
-        x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
+        if self.C > 1:
+            x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
         for i, (weight, bias) in enumerate(self.layers):
             if i > 0:
                 x = self.activation(x)
@@ -219,7 +220,7 @@ class ClippedGaussianActor(nn.Module):
 
     def distribution(self, obs):
         """Mean in [-1, 1] and log_std, each (S, B, A)."""
-        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        mean, log_std = self.net(obs).chunk(2, -1)
         return mean.tanh(), log_std.clamp(-20, 2)
 
     def forward(self, obs):

@@ -230,10 +230,10 @@ def orthogonal(weight, bias, generator):
 class MLP(nn.Module):
     """S * C independent networks side by side: weights (S * C, in, out), one batched product a layer."""
 
-    def __init__(self, sizes, init, generators, C=1, activation=torch.relu_):
+    def __init__(self, sizes, init, generators, C=1):
         super().__init__()
         self.C = C
-        self.activation = activation
+        self.activation = torch.relu_
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         num_networks = len(generators) * C
@@ -248,7 +248,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
-        x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
+        if self.C > 1:
+            x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
         for i, (weight, bias) in enumerate(self.layers):
             if i > 0:
                 x = self.activation(x)
@@ -265,10 +266,9 @@ class GaussianActor(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden_sizes, generators, dropout):
         super().__init__()
         sizes = [obs_dim, *hidden_sizes, action_dim]
-        activation = torch.relu_
+        self.net = MLP(sizes, orthogonal, generators)
         if dropout:
-            activation = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(dropout))
-        self.net = MLP(sizes, orthogonal, generators, activation=activation)
+            self.net.activation = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.log_std = nn.Parameter(torch.zeros(len(generators), 1, action_dim))
 
     def forward(self, obs):

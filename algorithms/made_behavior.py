@@ -139,10 +139,10 @@ def fan_in_uniform(weight, bias, generator):
 class MLP(nn.Module):
     """S * C independent networks side by side: weights (S * C, in, out), one batched product a layer."""
 
-    def __init__(self, sizes, init, generators, C=1, activation=torch.relu_):
+    def __init__(self, sizes, init, generators, C=1):
         super().__init__()
         self.C = C
-        self.activation = activation
+        self.activation = torch.relu_
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         num_networks = len(generators) * C
@@ -157,7 +157,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
-        x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
+        if self.C > 1:
+            x = x.repeat_interleave(self.C, 0)  # all critics of a seed see the same input
         for i, (weight, bias) in enumerate(self.layers):
             if i > 0:
                 x = self.activation(x)
