@@ -226,7 +226,7 @@ def main():
                 draw(picture, name, dataset, grid, results, of_data)
             if picture.exists():
                 pictures.append(f"![{name}, {dataset}]({os.path.relpath(picture, ROOT)})")
-        text = "\n".join([table(name, grid, cells, results, of_data), "", *pictures])
+        text = "\n".join([table(name, grid, cells, results, of_data), "", " ".join(pictures)])
         print(text)
         if args.write:
             write_table(args.write, name, text)
