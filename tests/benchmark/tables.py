@@ -155,16 +155,19 @@ def table(name, grid, cells, results, of_data):
         text.append(f"- {len(cells) - len(results)} of {len(cells)} cells are open")
 
     all_pairs = []
+    probabilities = []
     for x, y in grid.get("pairs", []):
         strata = []
         for dataset in datasets:
             if (x, dataset) in results and (y, dataset) in results:
                 strata += [results[x, dataset].last10, results[y, dataset].last10]
         if strata:
-            text.append(f"- P({x} > {y}) = {with_interval(strata, improvement, 2)}")
+            probabilities.append(f"P({x} > {y}) = {with_interval(strata, improvement, 2)}")
         all_pairs += strata
-    if len(grid.get("pairs", [])) > 1 and all_pairs:
-        text.append(f"- all of these pairs: {with_interval(all_pairs, improvement, 2)}")
+    if len(probabilities) > 1:
+        probabilities.append(f"all of these pairs: {with_interval(all_pairs, improvement, 2)}")
+    if probabilities:
+        text.append(f"- {'; '.join(probabilities)}")
     text.append(f"- {grid['seeds']} seeds; in tests/benchmark: `python scores.py grids/{name}.toml`")
     lines = [line for result in results.values() if result.finished for line in result.lines]
     if lines:
