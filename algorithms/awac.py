@@ -310,8 +310,7 @@ class Agent(nn.Module):
         for name in ("critic", "actor"):
             parameters = getattr(self, name).parameters()
             rate = torch.tensor(args.learning_rate, device=args.device)  # a number would be recorded
-            adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
-            self.optimizers[name] = adam
+            self.optimizers[name] = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
 
     @torch.no_grad()
     def explore(self, obs, noise):
@@ -376,7 +375,7 @@ def minimize(loss, optimizer):
     """One step on the optimizer's own parameters; no other parameter gets a gradient."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward(inputs=parameters)
-    optimizer.step()
+    optimizer.step.__wrapped__(optimizer)  # without the hooks around step(), 3 % of an update
     for parameter in parameters:
         parameter.grad = None  # faster than zero_grad
 

@@ -294,9 +294,8 @@ class Agent(nn.Module):
         # one generator per policy, so that its weights do not depend on its neighbours
         numbers = range(args.num_seeds * num_policies)
         generators = [torch.Generator().manual_seed(args.seed + g) for g in numbers]
-        hidden = args.hidden_sizes
-        self.actor = ScaledTanhGaussianActor(obs_dim, action_dim, hidden, generators)
-        sizes = [obs_dim + action_dim, *hidden, 1]
+        self.actor = ScaledTanhGaussianActor(obs_dim, action_dim, args.hidden_sizes, generators)
+        sizes = [obs_dim + action_dim, *args.hidden_sizes, 1]
         self.critic = MLP(sizes, lecun_normal, generators, C=2 * args.num_members // num_policies)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(len(generators)))
@@ -353,7 +352,7 @@ def minimize(loss, optimizer):
     """One step on the optimizer's own parameters; no other parameter gets a gradient."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward(inputs=parameters)
-    optimizer.step()
+    optimizer.step.__wrapped__(optimizer)  # without the hooks around step(), 3 % of an update
     for parameter in parameters:
         parameter.grad = None  # faster than zero_grad
 

@@ -247,8 +247,9 @@ class Agent(nn.Module):
         self.optimizers = {}
         for name in ("actor", "critic"):
             parameters = getattr(self, name).parameters()
-            adam = torch.optim.Adam(parameters, args.learning_rate, fused=True, capturable="cuda" in args.device)
-            self.optimizers[name] = adam
+            self.optimizers[name] = torch.optim.Adam(
+                parameters, args.learning_rate, fused=True, capturable="cuda" in args.device
+            )
 
 
 # The update ---------------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ def minimize(loss, optimizer):
     """One step on the optimizer's own parameters; no other parameter gets a gradient."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward(inputs=parameters)
-    optimizer.step()
+    optimizer.step.__wrapped__(optimizer)  # without the hooks around step(), 3 % of an update
     for parameter in parameters:
         parameter.grad = None  # faster than zero_grad
 

@@ -243,8 +243,7 @@ class Agent(nn.Module):
         for name in ("value", "actor", "critic"):
             parameters = getattr(self, name).parameters()
             rate = torch.tensor(args.learning_rate, device=args.device)  # changes; a CUDA graph would keep a number
-            adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
-            self.optimizers[name] = adam
+            self.optimizers[name] = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
 
 
 # The update ---------------------------------------------------------------------------------------
@@ -252,7 +251,7 @@ def minimize(loss, optimizer):
     """One step on the optimizer's own parameters; no other parameter gets a gradient."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward(inputs=parameters)
-    optimizer.step()
+    optimizer.step.__wrapped__(optimizer)  # without the hooks around step(), 3 % of an update
     for parameter in parameters:
         parameter.grad = None  # faster than zero_grad
 

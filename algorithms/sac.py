@@ -187,8 +187,7 @@ class Agent(nn.Module):
         policy = [*self.actor.parameters(), self.log_alpha]
         for name, parameters in ("critic", self.critic.parameters()), ("policy", policy):
             rate = torch.tensor(args.learning_rate, device=args.device)  # changes; a CUDA graph would keep a number
-            adam = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
-            self.optimizers[name] = adam
+            self.optimizers[name] = torch.optim.Adam(parameters, rate, fused=True, capturable=rate.is_cuda)
 
 
 # Random numbers and replay ------------------------------------------------------------------------
@@ -248,7 +247,7 @@ def minimize(loss, optimizer):
     """One step on the optimizer's own parameters; no other parameter gets a gradient."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward(inputs=parameters)
-    optimizer.step()
+    optimizer.step.__wrapped__(optimizer)  # without the hooks around step(), 3 % of an update
     for parameter in parameters:
         parameter.grad = None  # faster than zero_grad
 

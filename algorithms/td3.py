@@ -219,8 +219,7 @@ class Agent(nn.Module):
         self.optimizers = {}
         for name, network in trained.items():
             rate = torch.tensor(args.learning_rate, device=args.device)  # changes; a CUDA graph would keep a number
-            adam = torch.optim.Adam(network.parameters(), rate, fused=True, capturable=rate.is_cuda)
-            self.optimizers[name] = adam
+            self.optimizers[name] = torch.optim.Adam(network.parameters(), rate, fused=True, capturable=rate.is_cuda)
 
 
 # Random numbers and replay ------------------------------------------------------------------------
@@ -272,7 +271,7 @@ def minimize(loss, optimizer):
     """One step on the optimizer's own parameters; no other parameter gets a gradient."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward(inputs=parameters)
-    optimizer.step()
+    optimizer.step.__wrapped__(optimizer)  # without the hooks around step(), 3 % of an update
     for parameter in parameters:
         parameter.grad = None  # faster than zero_grad
 
