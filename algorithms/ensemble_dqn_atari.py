@@ -33,7 +33,7 @@ What differs from the papers and their code, and why.
       stand in replay.json beside the log, {"env_id": , "random": , "dqn": }; without it: no scores.
     - An episode that was cut after 27,000 steps is logged as terminal: nothing tells it from a true end.
     - The public logs come from older ROMs than ale-py's, which for 29 of the 60 games are different ones:
-      returns in these do not compare. benchmarks.md marks them, and has both returns of every game.
+      returns in these do not compare. tests/benchmark/atari.md marks them, and has both returns of all.
 
 Run:      python algorithms/ensemble_dqn_atari.py --dataset dqn/Pong/1 --env-id ALE/Pong-v5
 Catch:    PYTHONPATH=tests python algorithms/ensemble_dqn_atari.py --dataset atari/catch
