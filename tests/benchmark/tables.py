@@ -164,7 +164,7 @@ def table(name, grid, cells, results, of_data):
         if strata:
             probabilities.append(f"P({x} > {y}) = {with_interval(strata, improvement, 2)}")
         all_pairs += strata
-    if len(probabilities) > 1:
+    if grid.get("average_pairs") and len(probabilities) > 1:
         probabilities.append(f"all of these pairs: {with_interval(all_pairs, improvement, 2)}")
     if probabilities:
         text.append(f"- {'; '.join(probabilities)}")
