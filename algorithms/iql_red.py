@@ -34,7 +34,7 @@ What differs from the papers and their code, and why; and what to know.
       masks differ, for these come from one generator.
 
 Run:      python algorithms/iql_red.py --num-seeds 5 --num-updates 100000 --hidden-sizes 128 128
-Expected: score 60 +- 10 over the seeds (--sampler uniform: 50 +- 7)
+Expected: score 60 +- 11 over the seeds (--sampler uniform: 50 +- 7)
 AntMaze:  --dataset D4RL/antmaze/medium-play-v1 --p-base 0.2 --expectile 0.9 --beta 10 --reward-transform shift
           --eval-every 100000 --eval-episodes 100
 Kitchen and Adroit:  --beta 0.5 --dropout 0.1 --reward-transform none

@@ -159,8 +159,9 @@ def table(name, grid, cells, results, of_data):
     for x, y in grid.get("pairs", []):
         strata = []
         for dataset in datasets:
-            if (x, dataset) in results and (y, dataset) in results:
-                strata += [results[x, dataset].last10, results[y, dataset].last10]
+            pair = [results[row, dataset] for row in (x, y) if (row, dataset) in results]
+            if len(pair) == 2 and all(result.finished for result in pair):
+                strata += [result.last10 for result in pair]
         if strata:
             probabilities.append(f"P({x} > {y}) = {with_interval(strata, improvement, 2)}")
         all_pairs += strata
