@@ -26,13 +26,14 @@ What differs from the paper and its code, and why.
       larger child twice, which biases all draws. A node is the logsumexp of its children.
     - A node has 8 children, not 2, and the tree ends below a level of at most 16,384 nodes, searched in
       its cumulative sums: 2 levels for a million transitions instead of 20, with the same P.
-    - From the authors' code, as the paper is silent: critics before the actor, the policy's constant
-      deviation, 1/2 in (1), Q_bar in targets and Algorithm 1, no bound A_max, and (3), which has Q_1 twice.
+    - From the authors' code, where the paper is silent: critics before the actor, the policy's constant
+      deviation, 1/2 in (1), Q_bar in targets and Algorithm 1; where it is unclear: no bound A_max (a table
+      has 1 for AntMaze), and (3), which has Q_1 twice.
     - A transition keeps its last advantage until it is drawn again, in either batch (footnote 3).
     - log pi sums over action dimensions; the code averages, a factor that Adam does not notice.
     - Power iteration goes one step per gradient step, in the code one per forward pass.
     - The paper reports the best cell of a grid (Table 8); a preset's beta is a middle value, in units of
-      return: on hopper/replay-v0 0.5 clones next to nothing, 5 learns, and 20 is close to cloning.
+      return: on hopper/replay-v0 0.5 clones next to nothing, 5 learns, 20 is close to cloning.
 
 Run:      python algorithms/asac.py --beta 5 --target-update-rate 0.02 --batch-size 256
           --hidden-sizes 256 256 --num-updates 20000 --eval-every 1000 --eval-samples 1
