@@ -225,7 +225,7 @@ def test_documents(script):
     doc = ast.get_docstring(ast.parse(script.read_text()))
     assert len(doc.splitlines()) <= 45
     assert re.search(r"\b(19|20)\d\d,\s+arXiv:\d{4}\.\d{4,5}", doc)
-    for start in "Idea", "Objective", "What differs from the", "Expected":
+    for start in "Idea", "Objective", "What differs from the", r"Expected: .*[a-z\d]":
         assert re.search(rf"^{start}", doc, re.M), start
     assert len(re.findall(r"\(\d+\)", doc)) >= 2, "equation numbers"
     Args = harness.load(script.stem).Args
