@@ -29,7 +29,7 @@ What differs from the papers and their code, and why.
     - (5) as printed; the code takes means over batch and action dimensions, which Adam does not notice.
     - Power iteration goes one step per gradient step, in the code one per forward pass.
     - Cetin et al. report the best cell of a grid (Table 8); a preset's beta is a middle value, in units of
-      return: on hopper/replay-v0 0.5 clones next to nothing (a score of 3), and 20 learns. Online, beta
+      return: on hopper/replay-v0 0.5 clones next to nothing, and 20 is close to cloning. Online, beta
       is 2, as Nair et al. have it, with Cetin et al.'s small networks in place of 4x256.
     - Online, each step in the environment, with an action drawn from pi, pays for one update on a batch
       that is uniform over the data and the agent's own steps. Steps go on in the count of updates.
@@ -37,7 +37,7 @@ What differs from the papers and their code, and why.
 
 Run:      python algorithms/awac.py --beta 20 --target-update-rate 0.02 --batch-size 256
           --hidden-sizes 64 64 --num-updates 8000 --eval-samples 1
-Expected: score 21 +- 0 (three seeds); the average episode of the data has 12
+Expected: score 21 +- 0 (three seeds), which is cloning's; asac.py has a command that goes beyond it
 Online:   --preset online --batch-size 1024
 Paper:    --preset locomotion
 Nine tenths of the data random:  --preset locomotion-0.1
