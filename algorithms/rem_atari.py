@@ -276,7 +276,7 @@ def minimize(loss, optimizer):
     """One step on the optimizer's own parameters; no other parameter gets a gradient."""
     parameters = optimizer.param_groups[0]["params"]
     loss.backward(inputs=parameters)
-    optimizer.step.__wrapped__(optimizer)  # without the hooks around step(), 3 % of an update
+    optimizer.step.__wrapped__(optimizer)  # 3 % faster without hooks; with a scheduler or hooks: optimizer.step()
     for parameter in parameters:
         parameter.grad = None  # faster than zero_grad
 
