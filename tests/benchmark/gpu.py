@@ -60,6 +60,7 @@ class Args:
     toy: bool = False  # tiny networks and data, moments instead of minutes
     parts: tuple[int, ...] = (1, 2, 3, 4)  # what to do
     scripts: tuple[str, ...] = tuple(SCRIPTS)  # of parts 1 and 2
+    variants: tuple[str, ...] = tuple(VARIANTS)  # of part 4
     seconds: float = 450.0  # for all of it
     jobs: int = 6  # scripts of part 1 side by side
     folder: tyro.conf.Suppress[str] = ""  # of temporary files
@@ -289,7 +290,7 @@ def main():
     for name in ("torch._dynamo", "torch.utils.tensorboard", "gymnasium.envs.mujoco.hopper_v5"):
         import_module(name)  # here, so that no process has to
     parts = {1: (check, args.scripts), 2: (throughput, args.scripts), 3: (main_job, ["red", "uniform"])}
-    parts[4] = variant, VARIANTS[-5::2] if args.toy else VARIANTS
+    parts[4] = variant, args.variants[-5::2] if args.toy else args.variants
 
     def do(part, function, name, end, share):
         seconds = (end - time.time()) * share

@@ -187,7 +187,8 @@ def run_cell(cell, args, *needs):
         end_with_parent = None
         if sys.platform == "linux":  # or a killed worker of Ray would leave its run behind
             end_with_parent = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL)
-        env = {**os.environ, "OMP_NUM_THREADS": str(args.cpus), "PYTHONPATH": str(ROOT / "tests")}
+        path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "OMP_NUM_THREADS": str(args.cpus), "PYTHONPATH": path.strip(os.pathsep)}
         command = [sys.executable, *cell.command(args.out)]
         options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent)
         done = subprocess.run(command, cwd=ROOT, env=env, **options)
