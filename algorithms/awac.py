@@ -164,7 +164,7 @@ def advantage_weights(advantage, max_advantage, beta):
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def orthogonal_with_gain(gain, weight, bias, generator):
-    """First values of any layer: weight (in, out), bias (1, out)."""
+    """Initial values of any layer: weight (in, out), bias (1, out)."""
     nn.init.orthogonal_(weight, gain, generator)
     bias.zero_()
 
@@ -186,7 +186,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -355,7 +355,7 @@ class Replay(nn.Module):
         self.num_added += 1
 
     def index(self, uniform):
-        """Where in `rows` a batch is, (S, B): each seed draws evenly from the data and its own steps."""
+        """Where in `rows` a batch is, (S, B): each seed draws uniformly from the data and its own steps."""
         num_rows = self.num_data + min(self.num_added, self.size)
         index = (uniform * num_rows).long()
         return index + self.offset * (index >= self.num_data)
@@ -449,7 +449,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, its module imported; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 

@@ -91,7 +91,7 @@ class Args:
     vae_hidden_sizes: tuple[int, ...] = (750, 750)  # the same of encoder and decoder
     learning_rate: float = 1e-3  # Adam's step size for every network
     gamma: float = 0.99  # discount factor
-    target_update_rate: float = 0.005  # share of the networks in their targets at every update
+    target_update_rate: float = 0.005  # how far targets move to the networks at every update
     max_perturbation: float = 0.05  # Phi: how far an action may be moved from the VAE's
     min_weight: float = 0.75  # lambda: weight of the smaller target critic in a backup; the rest is the larger's
     num_next_actions: int = 10  # K: actions that the backup takes the best of
@@ -184,7 +184,7 @@ class BestOfCandidates(nn.Module):
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def fan_in_uniform(weight, bias, generator):
-    """First values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
+    """Initial values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
     bound = weight.shape[0] ** -0.5
     weight.uniform_(-bound, bound, generator=generator)
     bias.uniform_(-bound, bound, generator=generator)
@@ -207,7 +207,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -303,7 +303,7 @@ class Replay(nn.Module):
         self.num_added += 1
 
     def index(self, uniform):
-        """Where in `rows` a batch is, (S, B): each seed draws evenly from the data and its own steps."""
+        """Where in `rows` a batch is, (S, B): each seed draws uniformly from the data and its own steps."""
         num_rows = self.num_data + min(self.num_added, self.size)
         index = (uniform * num_rows).long()
         return index + self.offset * (index >= self.num_data)
@@ -398,7 +398,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, its module imported; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 

@@ -9,7 +9,7 @@ wrong values there, and may lose its good policy before it learns better ones. B
 Offline and online data stay apart, and an annealed share of every batch comes from either: what is
 new is learned at once, what is old is not forgotten. And the policies of N members, trained offline
 by cql_red.py, are distilled into one, which then climbs the mean of all N critics by soft
-actor-critic, without CQL's pessimism: the critics' errors in unknown states differ.
+actor-critic, without CQL's pessimism, because the critics' errors in unknown states differ and cancel in part.
 
 Objectives, by BRED's equation numbers. Shapes: S seeds, C critics, B batch, O observation, A action.
 A seed has one ensemble: N members, P policies (1, or N independent ones); G = S P. min Q_i is the
@@ -28,15 +28,16 @@ What differs from the paper, or is not in it.
       stops for itself. Temperatures start at the members' geometric mean. All gradients of an update are of
       the same old networks, as in rlkit. The first epoch's 9,000 more updates are a share of --online-steps.
     - Seeds share the members in order: ten members and --num-seeds 2 are two ensembles of five,
-      --num-seeds 10 plain CQL agents, which keep their policies.
+      --num-seeds 10 plain CQL agents, which keep their policies. cql_alpha is twice the paper's (cql_red.py).
+    - `update` in evaluations.csv, and on the screen, counts environment steps.
 
 Members:  python algorithms/cql_red.py --sampler uniform --policy-learning-rate 1e-4 --num-seeds 5
 Run:      python algorithms/bred.py --offline runs/cql_red/hopper/replay-v0/RUN
 CQL-ft:   --num-seeds 5 --uniform-replay --warm-up 0
-Expected: score 8.2 +- 1.0 over three ensembles (CQL-ft: 3.8 +- 0.5), by the small command in README.md
+Expected: score 8.2 +- 1.0 over three ensembles (CQL-ft: 3.8 +- 0.5), by README's small command: weak members
 Figure 4:   --initial-online-fraction 1
 Figure 5:   --independent
-Figure 10:  --conservative-online
+Figure 10:  --num-seeds 5 --uniform-replay --warm-up 0 --conservative-online
 """
 
 import copy
@@ -101,9 +102,9 @@ class Args:
     distil_epochs: int = 1_000  # distillation: at most so many epochs
     distil_patience: int = 20  # distillation: over after so many epochs without a better validation loss
     online_steps: int = 250_000  # environment steps of each seed
-    epoch_length: int = 1_000  # environment steps of an epoch, and the updates after them
+    epoch_length: int = 1_000  # environment steps of an epoch, updates after it, and of an epoch of distillation
     warm_up: float = 0.036  # more updates after the first epoch, as a share of online_steps: 9,000 of 250,000
-    uniform_replay: bool = False  # batches come evenly from offline and online data, instead of by (7)
+    uniform_replay: bool = False  # uniform draws from all data, offline and online, instead of (7); Figure 4
     initial_online_fraction: float = 0.5  # rho_0: share of online data in the first batches; 1: no other data
     anneal_steps: int = 125_000  # t_final: environment steps until batches are all online data
     independent: bool = False  # each member keeps its policy, instead of one distilled from all
@@ -195,7 +196,7 @@ class Mixture(nn.Module):
         mean = mean.unflatten(0, (-1, self.num_policies))  # (S, P, B, A)
         std = log_std.exp().view_as(mean)
         mixture_mean = mean.mean(1)
-        # mean variance and variance of the means: the number of (9), which rounding cannot make negative here
+        # mean variance and variance of the means: the same as (9), which rounding cannot make negative here
         variance = std.square().mean(1) + mean.var(1, correction=0)
         return mixture_mean, variance.sqrt().clamp(max=math.exp(2))  # as every policy's deviation
 
@@ -214,7 +215,7 @@ class Mixture(nn.Module):
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def lecun_normal(weight, bias, generator):
-    """First values of a layer, weight (in, out) and bias (1, out): variance 1 / in, cut at two deviations."""
+    """Initial values of a layer, weight (in, out) and bias (1, out): variance 1 / in, cut at two deviations."""
     std = weight.shape[0] ** -0.5 / 0.87962566  # the cut takes the rest of the deviation
     nn.init.trunc_normal_(weight, 0, std, -2 * std, 2 * std, generator=generator)
     bias.zero_()
@@ -237,7 +238,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -446,7 +447,7 @@ def update(agent, obs, action, reward, next_obs, not_terminated, noise, args):
 
 # Random numbers -----------------------------------------------------------------------------------
 def draw_steps(seeds, purpose, chunk, num_uniform, noise_shape, device):
-    """Random numbers for CHUNK_STEPS steps or updates: even ones in [0, 1), (CHUNK_STEPS, S, num_uniform),
+    """Random numbers for CHUNK_STEPS steps or updates: uniform ones in [0, 1), (CHUNK_STEPS, S, num_uniform),
     and normal ones, (CHUNK_STEPS, S, *noise_shape). Each seed has generators of its own."""
     generators = [np.random.default_rng((seed, purpose, chunk)) for seed in seeds]
     uniform = [x.random((CHUNK_STEPS, num_uniform)) for x in generators]
@@ -467,7 +468,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, its module imported; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 

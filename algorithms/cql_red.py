@@ -6,7 +6,7 @@ Learning", 2020, arXiv:2006.04779 (CQL).
 
 Idea. An offline algorithm is held close to the policy that logged the data, and so to its failures
 too. ReD draws every transition with a probability that grows with the return of its episode: the
-support of the data stays what it was (but for the worst episode, where p_base is 0), and the policy
+support of the data stays what it was (but for the worst return, where p_base is 0), and the policy
 that the algorithm is held close to becomes a better one. CQL is soft actor-critic with pessimistic
 critics: they also minimise how far a soft maximum of Q over all actions lies above Q of the logged
 one, so that no action looks good merely because nobody tried it.
@@ -40,8 +40,8 @@ Run:      python algorithms/cql_red.py --dataset hopper/medium-expert-v0 --num-s
           --eval-every 500 --cql-alpha 10 --policy-learning-rate 1e-4 --hidden-sizes 128 128 --normalize-obs
 Expected: this script's first form had 72 +- 6 (--sampler uniform: 31 +- 12), on a larger log
 CORL:     --cql-alpha 10 --policy-learning-rate 3e-5 --hidden-sizes 256 256 256 --normalize-obs
-AntMaze:  --p-base 0.2 --policy-learning-rate 1e-4 --hidden-sizes 256 256 256 --reward-transform stretch
-          --eval-every 100000 --eval-episodes 100
+AntMaze:  --dataset D4RL/antmaze/medium-play-v1 --p-base 0.2 --policy-learning-rate 1e-4
+          --hidden-sizes 256 256 256 --reward-transform stretch --eval-every 100000 --eval-episodes 100
 Kitchen:  --cql-alpha 10 --hidden-sizes 512 512 512 --no-importance-sampling
 """
 
@@ -128,7 +128,8 @@ class Args:
 
 # The idea: draw good episodes more often ----------------------------------------------------------
 def red_probabilities(x, alpha=1.0, p_base=0.0):
-    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode."""
+    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode. Uniform
+    where all x are equal."""
     if spread(x) == 0:
         return np.ones(len(x)) / len(x)
     p = (x - x.min()) / spread(x) + p_base  # ReD (2)
@@ -197,7 +198,7 @@ class Normalize(nn.Module):
 
 
 def lecun_normal(weight, bias, generator):
-    """First values of a layer, weight (in, out) and bias (1, out): variance 1 / in, cut at two deviations."""
+    """Initial values of a layer, weight (in, out) and bias (1, out): variance 1 / in, cut at two deviations."""
     std = weight.shape[0] ** -0.5 / 0.87962566  # the cut takes the rest of the deviation
     nn.init.trunc_normal_(weight, 0, std, -2 * std, 2 * std, generator=generator)
     bias.zero_()
@@ -220,7 +221,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -410,7 +411,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, its module imported; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -794,7 +795,7 @@ def main():
     writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
     print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
-    print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
+    print(f"mean return {transition_returns.mean():.1f} by uniform draws, {drawn.mean():.1f} by this run's")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
     @CudaGraph

@@ -5,7 +5,7 @@ arXiv:2210.09241 (ReD); Z. Wang et al., "Critic Regularized Regression", 2020, a
 
 Idea. An offline algorithm is held close to the policy that logged the data, and so to its failures
 too. ReD draws every transition with a probability that grows with the return of its episode: the
-support of the data stays what it was (but for the worst episode, where p_base is 0), and the policy
+support of the data stays what it was (but for the worst return, where p_base is 0), and the policy
 that the algorithm is held close to becomes a better one. CRR clones a logged action as far as its
 critic prefers it to what the policy would do in that state, of which m samples are drawn; the
 preference grades the data (exp) or filters it (binary). The critic bootstraps from the policy.
@@ -37,7 +37,8 @@ What differs from the papers and their code, and why.
 
 Run:      python algorithms/crr_red.py --num-seeds 5 --num-updates 40000 --hidden-sizes 128 128
 Expected: score 51 +- 4 over the seeds (--sampler uniform: 34 +- 2)
-0/1 rewards: --beta 1; AntMaze: --p-base 0.2 --beta 1 --eval-every 100000 --eval-episodes 100
+0/1 rewards: --beta 1
+AntMaze:  --dataset D4RL/antmaze/medium-play-v1 --p-base 0.2 --beta 1 --eval-every 100000 --eval-episodes 100
 """
 
 import copy
@@ -120,7 +121,8 @@ class Args:
 
 # The idea: draw good episodes more often ----------------------------------------------------------
 def red_probabilities(x, alpha=1.0, p_base=0.0):
-    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode."""
+    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode. Uniform
+    where all x are equal."""
     if spread(x) == 0:
         return np.ones(len(x)) / len(x)
     p = (x - x.min()) / spread(x) + p_base  # ReD (2)
@@ -172,7 +174,7 @@ def draw_noise(seeds, step, shape, device):
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def fan_in_uniform(weight, bias, generator):
-    """First values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
+    """Initial values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
     bound = weight.shape[0] ** -0.5
     weight.uniform_(-bound, bound, generator=generator)
     bias.uniform_(-bound, bound, generator=generator)
@@ -195,7 +197,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -325,7 +327,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, its module imported; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -709,7 +711,7 @@ def main():
     writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
     print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
-    print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
+    print(f"mean return {transition_returns.mean():.1f} by uniform draws, {drawn.mean():.1f} by this run's")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
     @CudaGraph

@@ -33,8 +33,8 @@ What differs from the papers and their code, and why.
 Run:      python algorithms/dered_iql.py --dataset hopper/replay-v0 --num-seeds 3
 Expected: score 27 +- 3 in stage 1, 32 +- 3 in stage 2 with --num-updates 40000
           --stage2-updates 20000 --hidden-sizes 128 128
-AntMaze:  --stage2-updates 200000 --p-base 0.2 --expectile 0.9 --beta 10 --reward-transform shift
-          --eval-every 100000 --eval-episodes 100
+AntMaze:  --dataset D4RL/antmaze/medium-play-v1 --stage2-updates 200000 --p-base 0.2 --expectile 0.9
+          --beta 10 --reward-transform shift --eval-every 100000 --eval-episodes 100
 Kitchen and Adroit:  --stage2-updates 200000 --beta 0.5 --dropout 0.1 --reward-transform none
 """
 
@@ -169,7 +169,8 @@ def stages_of(args):
 
 
 def red_probabilities(x, alpha=1.0, p_base=0.0):
-    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode."""
+    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode. Uniform
+    where all x are equal."""
     if spread(x) == 0:
         return np.ones(len(x)) / len(x)
     p = (x - x.min()) / spread(x) + p_base  # ReD (2)
@@ -222,7 +223,7 @@ class Sampler:
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def orthogonal(weight, bias, generator):
-    """First values of any layer, of the last one too: weight (in, out), bias (1, out), as in IQL's authors' code."""
+    """Initial values of any layer, of the last one too: weight (in, out), bias (1, out), as in IQL's authors' code."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)  # sqrt(2): ReLUs halve the variance
     bias.zero_()
 
@@ -244,7 +245,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -371,7 +372,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, its module imported; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -755,7 +756,7 @@ def main():
     writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
     print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
-    print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
+    print(f"mean return {transition_returns.mean():.1f} by uniform draws, {drawn.mean():.1f} by this run's")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
     def learn(stage, batches):  # one update for each batch of batches (CHUNK, S, B)

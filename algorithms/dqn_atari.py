@@ -88,7 +88,7 @@ class Args:
     epsilon: float = 0.01  # share of random actions in the end
     epsilon_steps: int = 250_000  # steps after learning_starts in which that share falls from 1 to epsilon
     channels: tuple[int, int, int] = (32, 64, 64)  # of the three convolutions
-    hidden_size: int = 512  # width of the layer behind them
+    hidden_size: int = 512  # width of the layer after them
     padding: Literal["same", "valid"] = "same"  # same: the logging code's; valid: the Nature article's
     learning_rate: float = 2.5e-4  # RMSProp's step size
     rmsprop_eps: float = 1e-5  # RMSProp's epsilon
@@ -195,7 +195,7 @@ class NatureNetwork(nn.Module):
         super().__init__()
         self.C = C
         self.num_heads = num_heads
-        self.pads = []  # pixels before and behind the input of each convolution
+        self.pads = []  # pixels before and after the input of each convolution
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
 
@@ -212,7 +212,7 @@ class NatureNetwork(nn.Module):
             missing = 0
             if args.padding == "same":
                 missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-            self.pads.append((missing // 2, missing - missing // 2))  # TensorFlow's: the odd one behind
+            self.pads.append((missing // 2, missing - missing // 2))  # TensorFlow's: the odd one after
             size = (size + missing - kernel) // stride + 1
             shape = num_outputs, num_inputs, kernel, kernel
             add_layer(shape, num_inputs * kernel**2, num_outputs * kernel**2, num_outputs)
@@ -227,9 +227,9 @@ class NatureNetwork(nn.Module):
         x = frames.transpose(0, 1).flatten(1, 2)  # (B, S * 4, 84, 84)
         x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
         *convolutions, hidden, last = zip(self.weights, self.biases)
-        for (weight, bias), stride, (pad, behind) in zip(convolutions, self.STRIDES, self.pads):
-            if pad != behind:
-                x = nn.functional.pad(x, (pad, behind, pad, behind))
+        for (weight, bias), stride, (pad, after) in zip(convolutions, self.STRIDES, self.pads):
+            if pad != after:
+                x = nn.functional.pad(x, (pad, after, pad, after))
                 pad = 0
             groups = x.shape[1] // weight.shape[2]  # S in the first convolution, then S * C
             weight = weight.flatten(0, 1)
@@ -246,7 +246,7 @@ class NatureNetwork(nn.Module):
 
 
 class GreedyPolicy(nn.Module):
-    """Frames (S, B, 4, 84, 84) -> best actions (S, B) by the mean of a network's values."""
+    """Frames (S, B, 4, 84, 84) -> best actions (S, B) by the mean over K of their values."""
 
     def __init__(self, network):
         super().__init__()
@@ -309,7 +309,7 @@ def minimize(loss, optimizer):
 def update(agent, obs, action, reward, next_obs, not_terminated, args):
     """One gradient step of every agent on obs and next_obs (S, B, 4, 84, 84), action, reward and
     not_terminated (S, B). Returns what to log, (S,) each, still on the device: nothing waits for a GPU."""
-    # the target, DQN (2): the frozen network's best action in the next state
+    # the target, DQN (2): the frozen network's best value in the next state
     with torch.no_grad():
         next_q = agent.target_network(next_obs).squeeze(-1).amax(-1)  # (S, B)
         target_q = reward + args.gamma * not_terminated * next_q

@@ -6,7 +6,7 @@ Q-Learning", 2021, arXiv:2110.06169 (IQL).
 
 Idea. An offline algorithm is held close to the policy that logged the data, and so to its failures
 too. ReD draws every transition with a probability that grows with the return of its episode: the
-support of the data stays what it was (but for the worst episode, where p_base is 0), and the policy
+support of the data stays what it was (but for the worst return, where p_base is 0), and the policy
 that the algorithm is held close to becomes a better one. IQL asks for the value of logged actions
 only: V is an upper expectile of Q over them, Q regresses to r + gamma V, and the actor clones them,
 the better the more.
@@ -120,7 +120,8 @@ class Args:
 
 # The idea: draw good episodes more often ----------------------------------------------------------
 def red_probabilities(x, alpha=1.0, p_base=0.0):
-    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode."""
+    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode. Uniform
+    where all x are equal."""
     if spread(x) == 0:
         return np.ones(len(x)) / len(x)
     p = (x - x.min()) / spread(x) + p_base  # ReD (2)
@@ -167,7 +168,7 @@ class Sampler:
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def orthogonal(weight, bias, generator):
-    """First values of any layer, of the last one too: weight (in, out), bias (1, out), as in IQL's authors' code."""
+    """Initial values of any layer, of the last one too: weight (in, out), bias (1, out), as in IQL's authors' code."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)  # sqrt(2): ReLUs halve the variance
     bias.zero_()
 
@@ -189,7 +190,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -315,7 +316,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, its module imported; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -705,7 +706,7 @@ def main():
     writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
     print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
-    print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
+    print(f"mean return {transition_returns.mean():.1f} by uniform draws, {drawn.mean():.1f} by this run's")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
     @CudaGraph

@@ -130,7 +130,7 @@ def mixture_log_prob(action, logits, mean, std):
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def fan_in_uniform(weight, bias, generator):
-    """First values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
+    """Initial values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
     bound = weight.shape[0] ** -0.5
     weight.uniform_(-bound, bound, generator=generator)
     bias.uniform_(-bound, bound, generator=generator)
@@ -153,7 +153,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -247,7 +247,7 @@ class Agent(nn.Module):
 
 
 def draw_transitions(seeds, step, batch_size, candidates):
-    """Transitions (CHUNK_UPDATES, S, B) for the updates from `step` on; each seed draws its own, evenly."""
+    """Transitions (CHUNK_UPDATES, S, B) for the updates from `step` on; each seed draws its own, uniformly."""
     drawn = []
     for seed in seeds:
         generator = np.random.default_rng((seed, DRAWS, step))

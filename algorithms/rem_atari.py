@@ -23,9 +23,10 @@ What differs from the papers and their code, and why.
     - Huber's loss in place of DQN (2)'s square, as in the code.
     - Targets are copied after updates 2,000, 4,000, ... The REM code, whose target network starts with
       weights of its own, copies after 1, 2,001, ... Its "8,000" counts agent steps, 4 an update.
-    - Padding, first weights and the place of Adam's epsilon are those of the code's TensorFlow.
+    - Padding, first weights and the place of Adam's epsilon are those of the code's TensorFlow;
+      but separate networks start with the weights of heads, not with Glorot's.
     - As in the code, 5 random files of a million frames lie in memory for 62,500 updates at a time.
-      Ours are the same for all seeds, and a batch is drawn evenly from all their rows.
+      Ours are the same for all seeds, and a batch is drawn uniformly from all their rows.
     - An evaluation is --eval-episodes whole episodes (the paper: 125,000 steps). The paper's score is
       that of the best evaluation, ours the mean of the last ten; the last line has both.
     - Random play scores 0, the agent that logged scores 100 at its best, as in the paper. Both returns
@@ -97,7 +98,7 @@ class Args:
     num_updates: int = 12_500_000  # gradient steps; the paper's 5X: 62,500,000
     batch_size: int = 32  # transitions per update and seed
     channels: tuple[int, int, int] = (32, 64, 64)  # of the three convolutions
-    hidden_size: int = 512  # width of the layer behind them
+    hidden_size: int = 512  # width of the layer after them
     padding: Literal["same", "valid"] = "same"  # same: the REM code's; valid: the Nature article's
     num_heads: int = 200  # values per action of a network
     num_networks: int = 1  # separate networks per seed
@@ -171,7 +172,7 @@ class NatureNetwork(nn.Module):
         super().__init__()
         self.C = C
         self.num_heads = num_heads
-        self.pads = []  # pixels before and behind the input of each convolution
+        self.pads = []  # pixels before and after the input of each convolution
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
 
@@ -188,7 +189,7 @@ class NatureNetwork(nn.Module):
             missing = 0
             if args.padding == "same":
                 missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-            self.pads.append((missing // 2, missing - missing // 2))  # TensorFlow's: the odd one behind
+            self.pads.append((missing // 2, missing - missing // 2))  # TensorFlow's: the odd one after
             size = (size + missing - kernel) // stride + 1
             shape = num_outputs, num_inputs, kernel, kernel
             add_layer(shape, num_inputs * kernel**2, num_outputs * kernel**2, num_outputs)
@@ -203,9 +204,9 @@ class NatureNetwork(nn.Module):
         x = frames.transpose(0, 1).flatten(1, 2)  # (B, S * 4, 84, 84)
         x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
         *convolutions, hidden, last = zip(self.weights, self.biases)
-        for (weight, bias), stride, (pad, behind) in zip(convolutions, self.STRIDES, self.pads):
-            if pad != behind:
-                x = nn.functional.pad(x, (pad, behind, pad, behind))
+        for (weight, bias), stride, (pad, after) in zip(convolutions, self.STRIDES, self.pads):
+            if pad != after:
+                x = nn.functional.pad(x, (pad, after, pad, after))
                 pad = 0
             groups = x.shape[1] // weight.shape[2]  # S in the first convolution, then S * C
             weight = weight.flatten(0, 1)
@@ -222,7 +223,7 @@ class NatureNetwork(nn.Module):
 
 
 class GreedyPolicy(nn.Module):
-    """Frames (S, B, 4, 84, 84) -> best actions (S, B) by the mean of a network's values."""
+    """Frames (S, B, 4, 84, 84) -> best actions (S, B) by the mean over K of their values."""
 
     def __init__(self, network):
         super().__init__()
@@ -285,7 +286,7 @@ def update(agent, obs, action, reward, next_obs, not_terminated, mixture, args):
     """One gradient step of every agent on obs and next_obs (S, B, 4, 84, 84), action, reward and
     not_terminated (S, B), and mixture (S, K). Returns what to log, (S,) each, still on the device: nothing
     here waits for a GPU."""
-    # the target, DQN (2): the frozen network's best action in the next state, by the mixed values
+    # the target, DQN (2): the best mixed value of the frozen network in the next state
     with torch.no_grad():
         next_q = mix(agent.target_network(next_obs), mixture).amax(-1)  # (S, B)
         target_q = reward + args.gamma * not_terminated * next_q

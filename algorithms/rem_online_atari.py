@@ -90,7 +90,7 @@ class Args:
     epsilon: float = 0.01  # share of random actions in the end
     epsilon_steps: int = 250_000  # steps after learning_starts in which that share falls from 1 to epsilon
     channels: tuple[int, int, int] = (32, 64, 64)  # of the three convolutions
-    hidden_size: int = 512  # width of the layer behind them
+    hidden_size: int = 512  # width of the layer after them
     padding: Literal["same", "valid"] = "same"  # same: the logging code's; valid: the Nature article's
     learning_rate: float = 5e-5  # Adam's step size
     adam_eps: float = 3.125e-5  # Adam's epsilon
@@ -209,7 +209,7 @@ class NatureNetwork(nn.Module):
         super().__init__()
         self.C = C
         self.num_heads = num_heads
-        self.pads = []  # pixels before and behind the input of each convolution
+        self.pads = []  # pixels before and after the input of each convolution
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
 
@@ -226,7 +226,7 @@ class NatureNetwork(nn.Module):
             missing = 0
             if args.padding == "same":
                 missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-            self.pads.append((missing // 2, missing - missing // 2))  # TensorFlow's: the odd one behind
+            self.pads.append((missing // 2, missing - missing // 2))  # TensorFlow's: the odd one after
             size = (size + missing - kernel) // stride + 1
             shape = num_outputs, num_inputs, kernel, kernel
             add_layer(shape, num_inputs * kernel**2, num_outputs * kernel**2, num_outputs)
@@ -241,9 +241,9 @@ class NatureNetwork(nn.Module):
         x = frames.transpose(0, 1).flatten(1, 2)  # (B, S * 4, 84, 84)
         x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
         *convolutions, hidden, last = zip(self.weights, self.biases)
-        for (weight, bias), stride, (pad, behind) in zip(convolutions, self.STRIDES, self.pads):
-            if pad != behind:
-                x = nn.functional.pad(x, (pad, behind, pad, behind))
+        for (weight, bias), stride, (pad, after) in zip(convolutions, self.STRIDES, self.pads):
+            if pad != after:
+                x = nn.functional.pad(x, (pad, after, pad, after))
                 pad = 0
             groups = x.shape[1] // weight.shape[2]  # S in the first convolution, then S * C
             weight = weight.flatten(0, 1)
@@ -260,7 +260,7 @@ class NatureNetwork(nn.Module):
 
 
 class GreedyPolicy(nn.Module):
-    """Frames (S, B, 4, 84, 84) -> best actions (S, B) by the mean of a network's values."""
+    """Frames (S, B, 4, 84, 84) -> best actions (S, B) by the mean over K of their values."""
 
     def __init__(self, network):
         super().__init__()
@@ -323,7 +323,7 @@ def update(agent, obs, action, reward, next_obs, not_terminated, mixtures, args)
     """One gradient step of every agent on obs and next_obs (S, B, 4, 84, 84), action, reward and
     not_terminated (S, B), and mixtures (S, 1, K, J). Returns what to log, (S,) each, still on the device:
     nothing here waits for a GPU."""
-    # the targets, DQN (2): the frozen networks' best action in the next state, by the mixed values
+    # the targets, DQN (2): the best mixed values of the frozen networks in the next state
     with torch.no_grad():
         next_q = (agent.target_network(next_obs) @ mixtures).amax(2)  # (S, B, J)
         target_q = reward[..., None] + args.gamma * not_terminated[..., None] * next_q

@@ -251,7 +251,7 @@ def draw_kept(seeds, step, args):
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def orthogonal(weight, bias, generator):
-    """First values of any layer, of the last one too: weight (in, out), bias (1, out), as in IQL's authors' code."""
+    """Initial values of any layer, of the last one too: weight (in, out), bias (1, out), as in IQL's authors' code."""
     nn.init.orthogonal_(weight, gain=math.sqrt(2), generator=generator)  # sqrt(2): ReLUs halve the variance
     bias.zero_()
 
@@ -379,7 +379,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, its module imported; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -761,7 +761,7 @@ def main():
     writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
     print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
-    print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
+    print(f"mean return {transition_returns.mean():.1f} by uniform draws, {drawn.mean():.1f} by this run's")
     if args.condition != "none":
         print(f"evaluations ask for a return of {target_return:.1f}")
     print(f"loss weights {weight.min():.3g} to {weight.max():.3g}, 1 on average")

@@ -107,7 +107,7 @@ class Args:
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def fan_in_uniform(weight, bias, generator):
-    """First values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
+    """Initial values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
     bound = weight.shape[0] ** -0.5
     weight.uniform_(-bound, bound, generator=generator)
     bias.uniform_(-bound, bound, generator=generator)
@@ -130,7 +130,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -201,7 +201,7 @@ def draw_chunk(seeds, purpose, chunk, num_uniform, noise_shape, device):
 
 
 def draw(seeds, purpose, step, num_uniform, noise_shape, device):
-    """Random numbers for one step: even ones in [0, 1), (S, num_uniform), and normal ones, (S, *noise_shape)."""
+    """Random numbers for one step: uniform ones in [0, 1), (S, num_uniform), and normal ones, (S, *noise_shape)."""
     chunk = draw_chunk(seeds, purpose, step // CHUNK_STEPS, num_uniform, noise_shape, device)
     return [x[step % CHUNK_STEPS] for x in chunk]
 
@@ -227,7 +227,7 @@ class Replay(nn.Module):
         self.num_added += 1
 
     def index(self, uniform):
-        """Where in `rows` a batch is, (S, B): each seed draws evenly from the data and its own steps."""
+        """Where in `rows` a batch is, (S, B): each seed draws uniformly from the data and its own steps."""
         num_rows = self.num_data + min(self.num_added, self.size)
         index = (uniform * num_rows).long()
         return index + self.offset * (index >= self.num_data)

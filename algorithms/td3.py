@@ -94,7 +94,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # widths of the hidden layers of every network
     learning_rate: float = 3e-4  # Adam's step size for every network
     gamma: float = 0.99  # discount factor
-    target_update_rate: float = 0.005  # share of the networks in their targets whenever these move
+    target_update_rate: float = 0.005  # how far targets move to the networks, whenever they do
     exploration_noise: float = 0.2  # standard deviation of what is added to actions in the environment
     policy_noise: float = 0.2  # td3: standard deviation of what is added to the targets' actions
     noise_clip: float = 0.3  # td3: the most that is added to them
@@ -122,7 +122,7 @@ NUM_FEATURES = 512  # of an observation
 
 
 def unit_orthogonal(weight, bias, generator):
-    """First values of RND's layers, weight (in, out) and bias (1, out)."""
+    """Initial values of RND's layers, weight (in, out) and bias (1, out)."""
     nn.init.orthogonal_(weight, generator=generator)
     bias.zero_()
 
@@ -158,7 +158,7 @@ class RND(nn.Module):
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def fan_in_uniform(weight, bias, generator):
-    """First values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
+    """Initial values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
     bound = weight.shape[0] ** -0.5
     weight.uniform_(-bound, bound, generator=generator)
     bias.uniform_(-bound, bound, generator=generator)
@@ -181,7 +181,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -233,7 +233,7 @@ def draw_chunk(seeds, purpose, chunk, num_uniform, noise_shape, device):
 
 
 def draw(seeds, purpose, step, num_uniform, noise_shape, device):
-    """Random numbers for one step: even ones in [0, 1), (S, num_uniform), and normal ones, (S, *noise_shape)."""
+    """Random numbers for one step: uniform ones in [0, 1), (S, num_uniform), and normal ones, (S, *noise_shape)."""
     chunk = draw_chunk(seeds, purpose, step // CHUNK_STEPS, num_uniform, noise_shape, device)
     return [x[step % CHUNK_STEPS] for x in chunk]
 
@@ -255,7 +255,7 @@ class FullReplay(nn.Module):
         self.num_added += 1
 
     def index(self, uniform):
-        """Where in `rows` a batch is, (S, B): each seed draws evenly from its own steps."""
+        """Where in `rows` a batch is, (S, B): each seed draws uniformly from its own steps."""
         return (uniform * self.num_added).long() + self.offset
 
     def get_extra_state(self):

@@ -7,23 +7,23 @@ Approximation Error in Actor-Critic Methods", 2018, arXiv:1802.09477 (TD3).
 
 Idea. An offline algorithm is held close to the policy that logged the data, and so to its failures
 too. ReD draws every transition with a probability that grows with the return of its episode: the
-support of the data stays what it was (but for the worst episode, where p_base is 0), and the policy
+support of the data stays what it was (but for the worst return, where p_base is 0), and the policy
 that the algorithm is held close to becomes a better one. TD3+BC is TD3 with two changes: its actor
 climbs Q and clones the logged action at the same time, with Q scaled to an average size of bc_alpha,
 and observations are normalised.
 
 Objectives, by the papers' equation numbers. Shapes: S seeds (agents side by side), C critics,
 B batch, O observation, A action, N transitions, E episodes. min Q is the smaller of two critics,
-pi' and Q' are the targets.
+pi_target and Q_target move slowly.
     sampler   p(i) = (R_i - R_min) / (R_max - R_min) + p_base,  P(i) = p(i)^alpha / sum_k p(k)^alpha
               where R_i is the return of i's episode                                    ReD (2), (1)
     states    s <- (s - mean) / (std + 0.001) over the whole dataset                    TD3+BC (4)
-    critics   a' = clip(pi'(s') + clip(policy_noise * normal noise, -noise_clip, noise_clip), -1, 1)
-              L_Q  = sum over C of mean (r + gamma (1 - terminated) min Q'(s', a') - Q(s, a))^2
+    critics   a' = clip(pi_target(s') + clip(policy_noise * normal noise, -noise_clip, noise_clip), -1, 1)
+              L_Q  = sum over C of mean (r + gamma (1 - terminated) min Q_target(s', a') - Q(s, a))^2
                                                                                         TD3 (10), (15)
     actor     L_pi = -lambda mean Q_1(s, pi(s)) + mean (pi(s) - a)^2                    TD3+BC (3)
               lambda = bc_alpha / mean |Q_1(s, pi(s))|, a constant to the gradient      TD3+BC (5)
-    targets   Q' <- (1 - target_update_rate) Q' + target_update_rate Q, and pi' likewise
+    targets   Q_target <- (1 - target_update_rate) Q_target + target_update_rate Q, pi_target likewise
 Every second update moves actor and targets too (TD3, Algorithm 1).
 
 What differs from the papers and their code, and why.
@@ -37,7 +37,8 @@ What differs from the papers and their code, and why.
 
 Run:      python algorithms/td3_bc_red.py --num-seeds 5 --num-updates 40000 --hidden-sizes 128 128
 Expected: score 42 +- 7 over the seeds (--sampler uniform: 24 +- 3)
-AntMaze:  --p-base 0.2 --reward-transform shift --eval-every 100000 --eval-episodes 100
+AntMaze, not in the paper: --dataset D4RL/antmaze/medium-play-v1 --p-base 0.2 --reward-transform shift
+          --eval-every 100000 --eval-episodes 100
 """
 
 import copy
@@ -93,7 +94,7 @@ class Args:
     bc_alpha: float = 2.5  # weight of Q against cloning: the average size that Q is scaled to
     policy_noise: float = 0.2  # standard deviation of the noise on the target's actions
     noise_clip: float = 0.5  # bound of that noise
-    target_update_rate: float = 0.005  # share of the networks in their targets when these move
+    target_update_rate: float = 0.005  # how far targets move to the networks, whenever they do
     reward_transform: Literal["none", "shift"] = "none"  # shift: r - 1
     eval_every: int = 5_000  # updates between evaluations, each of which comes with a checkpoint
     eval_episodes: int = 10  # episodes per evaluation and seed, with the deterministic action; 0: never evaluate
@@ -119,7 +120,8 @@ class Args:
 
 # The idea: draw good episodes more often ----------------------------------------------------------
 def red_probabilities(x, alpha=1.0, p_base=0.0):
-    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode."""
+    """P(i) of N transitions, (N,), from a value x of each, (N,): under ReD the return of its episode. Uniform
+    where all x are equal."""
     if spread(x) == 0:
         return np.ones(len(x)) / len(x)
     p = (x - x.min()) / spread(x) + p_base  # ReD (2)
@@ -171,7 +173,7 @@ def draw_noise(seeds, step, shape, device):
 
 # Networks. Every tensor starts with the seed axis S, so that all agents share each matrix product -
 def fan_in_uniform(weight, bias, generator):
-    """First values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
+    """Initial values of a layer, weight (in, out) and bias (1, out), as torch.nn.Linear draws them."""
     bound = weight.shape[0] ** -0.5
     weight.uniform_(-bound, bound, generator=generator)
     bias.uniform_(-bound, bound, generator=generator)
@@ -194,7 +196,7 @@ class MLP(nn.Module):
                 init(weight[i], bias[i], generators[i // C])  # views, filled in place
             self.weights.append(weight)  # which makes it a Parameter
             self.biases.append(bias)
-        self.layers = list(zip(self.weights, self.biases))  # the same, because a ParameterList is slow to go through
+        self.layers = list(zip(self.weights, self.biases))  # a list, because a ParameterList is slow to go through
 
     def forward(self, x):
         """x (S, B, in) -> (S, B, out), or (S, C, B, out) where a seed has several networks."""
@@ -318,7 +320,7 @@ class Data(NamedTuple):
     terminated: np.ndarray  # (N,), true where the episode really ended, false where it was cut
     returns: np.ndarray  # (E,), sums of all rewards as logged
     lengths: np.ndarray  # (E,), numbers of transitions, N together
-    spec: EnvSpec | None  # gym.spec(ID) with a step limit, flat observations; None: no evaluations
+    spec: EnvSpec | None  # gym.spec(ID) with a step limit, its module imported; None: no evaluations
     references: tuple[float, float]  # returns that score 0 and 100; (nan, nan): no score
 
 
@@ -701,7 +703,7 @@ def main():
     writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", drawn, 0)
     print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
-    print(f"mean return {data.returns.mean():.1f} of the episodes, {drawn.mean():.1f} of the draws")
+    print(f"mean return {transition_returns.mean():.1f} by uniform draws, {drawn.mean():.1f} by this run's")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
     @CudaGraph

@@ -46,7 +46,7 @@ SHARES = {1: 0.25, 2: 0.35, 3: 0.25, 4: 0.15}  # of the time; what a part leaves
 HALF = 120  # updates of part 1 until a run is resumed: three ordinary chunks, then three in a graph
 TOLERANCE = 1e-3  # of ||graphs - eager|| / ||eager||, for every tensor of a checkpoint
 FOREVER = 10**8  # updates
-HIDDEN = "part", "took", "top", "seconds in kernels"  # in results.jsonl, but not in section.md
+HIDDEN = "part", "took"  # of part 3, in results.jsonl, but not in section.md
 VARIANTS = [f"iql_red {S} {kind}" for S in (5, 20) for kind in ("as is", "tf32 on")]
 VARIANTS += ["iql_red 1 as is", *(f"iql_red {S} chunk {n}" for S in (1, 5) for n in (50, 100, 10))]
 VARIANTS += ["rem_atari 1 as is", "rem_atari 1 tf32 on", "rem_atari 1 tf32 off"]  # as is: on in convolutions
@@ -249,20 +249,43 @@ def record(args, part, name, **result):
         file.write(json.dumps({"part": part, "name": name, **result}, default=float) + "\n")
 
 
+def table(columns, rows, width=1):
+    """Rows as a table, `width` of them side by side."""
+    height = -(-len(rows) // width)
+    beside = [sum(rows[i::height], []) for i in range(height)]
+    lines = [columns * width, ["---"] * len(columns) * width, *beside]
+    return ["", *(f"| {' | '.join(line)} |" for line in lines)]
+
+
 def section(args):
-    """The newest results as tables."""
-    lines = ["## On a GPU"]
+    """The newest results in short."""
     newest = {(x["part"], x["name"], x.get("seeds")): x for x in results(args)}.values()
-    for part in (0, *SHARES):
-        rows = [x for x in newest if x["part"] == part and "error" not in x]
-        names = [name for name in (rows or [{}])[0] if name not in HIDDEN]
-        if rows:
-            lines += ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for x in rows:
-            cells = [f"{x[name]:.4g}" if isinstance(x[name], float) else str(x[name]) for name in names]
-            lines.append(f"| {' | '.join(cells)} |")
+    found = [[x for x in newest if x["part"] == part and "error" not in x] for part in range(5)]
+    lines = ["## On a GPU", *(f"{x['gpu']}, PyTorch {x['torch']}." for x in found[0])]
+    if found[1]:
+        wrong = [x["name"] for x in found[1] if not x["right"]]
+        far = max(found[1], key=lambda x: x["difference"])
+        lines += ["", f"Right: {len(found[1]) - len(wrong)} of {len(found[1])} scripts; wrong: {wrong or 'none'}. "]
+        lines[-1] += f"Farthest from its eager run: `{far['name']}.py`, {far['difference']:.1g}; "
+        lines[-1] += f"two eager runs of it differ by {far['of two eager runs']:.1g}."
+    speeds = {}
+    for x in found[2]:
+        speeds.setdefault(x["name"], [f"`{x['name']}.py`", f"{x['share in kernels']:.2f}"])
+        speeds[x["name"]].append(f"{x['updates/s']:,.0f}")
+    if speeds:
+        seeds = [f"seeds: {x['seeds']}" for x in found[2][: len(speeds[found[2][0]["name"]]) - 2]]
+        lines += table(["updates/s", "in kernels", *seeds], list(speeds.values()), 2)
+    if found[3]:
+        names = [name for name in found[3][0] if name not in HIDDEN]
+        cells = [[f"{x[n]:,.4g}" if isinstance(x[n], float) else str(x[n]) for n in names] for x in found[3]]
+        lines += table(names, cells)
+    variants = {}
+    for x in found[4]:
+        script, num_seeds, kind = x["name"].split(" ", 2)
+        variants.setdefault(f"`{script}.py`, seeds: {num_seeds}", []).append(f"{kind} {x['updates/s']:,.0f}")
+    lines += ["", *(f"- {what}; updates/s {', '.join(kinds)}" for what, kinds in variants.items())]
     lines += ["", *(f"Part {x['part']}, {x['name']}: {x['error']}  " for x in newest if "error" in x)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def child(function, part, name, args):
