@@ -154,9 +154,10 @@ def table(name, grid, cells, results, of_data):
     if len(results) < len(cells):
         text.append(f"- {len(cells) - len(results)} of {len(cells)} cells are open")
 
-    all_pairs = []
+    num_averaged = grid.get("average_pairs", 0)
+    averaged = []
     probabilities = []
-    for x, y in grid.get("pairs", []):
+    for i, (x, y) in enumerate(grid.get("pairs", [])):
         strata = []
         for dataset in datasets:
             pair = [results[row, dataset] for row in (x, y) if (row, dataset) in results]
@@ -164,9 +165,10 @@ def table(name, grid, cells, results, of_data):
                 strata += [result.last10 for result in pair]
         if strata:
             probabilities.append(f"P({x} > {y}) = {with_interval(strata, improvement, 2)}")
-        all_pairs += strata
-    if grid.get("average_pairs") and len(probabilities) > 1:
-        probabilities.append(f"all of these pairs: {with_interval(all_pairs, improvement, 2)}")
+        if i < num_averaged:
+            averaged += strata
+    if averaged:
+        probabilities.append(f"the first {num_averaged} together {with_interval(averaged, improvement, 2)}")
     if probabilities:
         text.append(f"- {'; '.join(probabilities)}")
     text.append(f"- {grid['seeds']} seeds; in tests/benchmark: `python scores.py grids/{name}.toml`")
