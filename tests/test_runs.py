@@ -229,7 +229,7 @@ def test_resume_a_finished_run(script, run_dir, finished):
 @scripts
 def test_a_killed_and_resumed_run_ends_like_one_never_stopped(script, data, tmp_path):
     """kill -9 at random moments, every second time soon after a checkpoint: same bits, same evaluations."""
-    num_kills = KILLS if script == harness.OFFLINE[0] else 3
+    num_kills = KILLS if script == harness.OFFLINE[0] else 2
     flags = "--dataset", data, *harness.small(script, dropout=0.2), *harness.length(script, 200 * num_kills)
     flags += "--eval-every", 100, "--log-every", 60, "--eval-episodes", 1, "--num-seeds", 2, "--run-dir"
     harness.run_main(script, *flags, tmp_path / "unbroken")
