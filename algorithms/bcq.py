@@ -465,8 +465,8 @@ def read_d4rl(path):
     action = columns["actions"].reshape(len(obs), -1)
     if action.dtype.kind != "f":
         sys.exit(f"error: {path} has discrete actions; these scripts need continuous ones")
-    terminated = columns["terminals"].ravel().astype(bool)
-    ended = terminated | columns.get("timeouts", terminated).ravel().astype(bool)
+    terminated = columns["terminals"].ravel() > 0
+    ended = terminated | (columns.get("timeouts", terminated).ravel() > 0)
     limit = len(obs) if "timeouts" in columns else 1000  # of the three tasks
 
     episodes = []
@@ -552,7 +552,7 @@ def load_data(args):
         if limits is None or not np.isfinite(limits).all():
             sys.exit(f"error: {name} has actions {action_space}; they must be a Box with bounds")
         spec, references = evaluation_spec(path, obs_space, action_space, metadata, args)
-        kinds.add(f"{sizes(obs_space)} {limits.tolist()} {spec and spec.id}")
+        kinds.add(f"{sizes(obs_space)} {limits.tolist()} {spec and [spec.id, spec.kwargs, spec.max_episode_steps]}")
         low, high = limits.reshape(2, -1)  # (A,) each
         num_kept = max(1, round(float(share or 1) * len(episodes)))
         kept = np.random.default_rng(0).permutation(len(episodes))[:num_kept]
@@ -561,7 +561,7 @@ def load_data(args):
             if len(next_obs) == 0:
                 continue
             action = 2 * (np.float64(action) - low) / (high - low) - 1
-            columns = obs, action, np.ravel(reward), next_obs, np.ravel(terminated)
+            columns = obs, action, np.reshape(reward, len(obs)), next_obs, np.ravel(terminated)
             transitions.append([column[: len(next_obs)] for column in columns])
             returns.append(np.sum(reward, dtype=np.float64))
     if len(kinds) > 1:
@@ -801,7 +801,6 @@ def main():
     transition_returns = np.repeat(data.returns, data.lengths)
     open_run_dir(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
-    writer.add_histogram("data/return_of_episodes", data.returns, 0)
     writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", transition_returns, 0)  # uniform
     print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")

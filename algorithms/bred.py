@@ -83,7 +83,7 @@ MEMBER_FLAGS = [
     "hidden_sizes",
     "gamma",
     "cql_alpha",
-    "num_action_samples",
+    "num_action_samples"
 ]
 FIXED_FLAGS = {
     "normalize_obs": False, "reward_transform": "none", "importance_sampling": True
@@ -535,8 +535,8 @@ def read_d4rl(path):
     action = columns["actions"].reshape(len(obs), -1)
     if action.dtype.kind != "f":
         sys.exit(f"error: {path} has discrete actions; these scripts need continuous ones")
-    terminated = columns["terminals"].ravel().astype(bool)
-    ended = terminated | columns.get("timeouts", terminated).ravel().astype(bool)
+    terminated = columns["terminals"].ravel() > 0
+    ended = terminated | (columns.get("timeouts", terminated).ravel() > 0)
     limit = len(obs) if "timeouts" in columns else 1000  # of the three tasks
 
     episodes = []
@@ -622,7 +622,7 @@ def load_data(args):
         if limits is None or not np.isfinite(limits).all():
             sys.exit(f"error: {name} has actions {action_space}; they must be a Box with bounds")
         spec, references = evaluation_spec(path, obs_space, action_space, metadata, args)
-        kinds.add(f"{sizes(obs_space)} {limits.tolist()} {spec and spec.id}")
+        kinds.add(f"{sizes(obs_space)} {limits.tolist()} {spec and [spec.id, spec.kwargs, spec.max_episode_steps]}")
         low, high = limits.reshape(2, -1)  # (A,) each
         num_kept = max(1, round(float(share or 1) * len(episodes)))
         kept = np.random.default_rng(0).permutation(len(episodes))[:num_kept]
@@ -631,7 +631,7 @@ def load_data(args):
             if len(next_obs) == 0:
                 continue
             action = 2 * (np.float64(action) - low) / (high - low) - 1
-            columns = obs, action, np.ravel(reward), next_obs, np.ravel(terminated)
+            columns = obs, action, np.reshape(reward, len(obs)), next_obs, np.ravel(terminated)
             transitions.append([column[: len(next_obs)] for column in columns])
             returns.append(np.sum(reward, dtype=np.float64))
     if len(kinds) > 1:

@@ -449,8 +449,8 @@ def read_d4rl(path):
     action = columns["actions"].reshape(len(obs), -1)
     if action.dtype.kind != "f":
         sys.exit(f"error: {path} has discrete actions; these scripts need continuous ones")
-    terminated = columns["terminals"].ravel().astype(bool)
-    ended = terminated | columns.get("timeouts", terminated).ravel().astype(bool)
+    terminated = columns["terminals"].ravel() > 0
+    ended = terminated | (columns.get("timeouts", terminated).ravel() > 0)
     limit = len(obs) if "timeouts" in columns else 1000  # of the three tasks
 
     episodes = []

@@ -691,7 +691,6 @@ def main():
     replay = LoggedFrames(files, args, first)
     open_run_dir(run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=first + 1)
-    writer.add_histogram("data/return_of_episodes", returns, 0)
     num_valid = sum(np.count_nonzero(file.valid) for file in files)
     print(f"{num_valid:,} transitions of {len(returns):,} episodes in {len(files)} files")
     print(f"mean return {returns.mean():.2f}, rewards clipped; evaluated in {env_id}")

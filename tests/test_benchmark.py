@@ -100,6 +100,12 @@ def test_a_killed_cell_goes_on(tmp_path):
     assert ",1210,1300,300,normalized_score,20:1020 40:1040 60:1060 80:1080 " in world.lines()[2]
 
 
+def test_scores_without_references_are_returns(tmp_path):
+    (tmp_path / "evaluations.csv").write_text("update,seed,episode,return,length,normalized_score\n20,0,0,7,9,nan\n")
+    (line,) = scores.read_scores(World(tmp_path).a, tmp_path)
+    assert (line["score"], line["last10"], line["curve"]) == ("return", "7", "20:7")
+
+
 def test_runs_end_with_their_parent(tmp_path):
     world = World(tmp_path, pause=60)
     runner = subprocess.Popen([*world.command, "--only", "^a-one"], start_new_session=True)

@@ -198,6 +198,8 @@ def test_several_datasets_follow_each_other(script, tmp_path):
     cheetah = write_d4rl(tmp_path / "halfcheetah.hdf5", harness.hopper_episodes(2, 5, 17, 6))
     walker = write_d4rl(tmp_path / "walker2d.hdf5", harness.hopper_episodes(2, 5, 17, 6))
     harness.refused(script, "--dataset", cheetah, walker, "--eval-episodes", 1)
+    loose = write_minari(tmp_path / "loose", second, env_kwargs={"terminate_when_unhealthy": False})
+    harness.refused(script, "--dataset", other, loose, "--eval-episodes", 1)
     folders = []
     for sizes in (1, 2), (2, 1):  # three numbers each
         parts = {key: np.zeros((2, size)) for key, size in zip("ab", sizes)}
@@ -239,7 +241,13 @@ def test_numbers_that_no_update_survives_are_refused(script, tmp_path, column, v
     episodes[1][column][-1] = value
     refuses(script, write_minari(tmp_path / "m", episodes))
     if column == 2:
-        refuses(script, write_d4rl(tmp_path / "hopper.hdf5", episodes, next_observations=False))
+        path = write_d4rl(tmp_path / "hopper.hdf5", episodes, next_observations=False)
+        refuses(script, path)
+        with h5py.File(path, "r+") as file:
+            del file["rewards"]
+            file["rewards"] = np.zeros((20, 2))  # of two tasks
+        with pytest.raises(ValueError, match="reshape"):
+            load_data(script, path)
 
 
 @scripts

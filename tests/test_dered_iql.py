@@ -205,9 +205,9 @@ def test_a_run(monkeypatch, data, tmp_path, capsys):
         assert len(run(monkeypatch, "--resume", stopped)) == 180 - {50: 40, 110: 100, 150: 120}[stop_at]
         harness.assert_same_end(stopped, tmp_path / "whole")
 
-    for longer in (200, 80):
+    for other in (["--num-updates", 200], ["--num-updates", 80], ["--finetune", "all"]):
         with pytest.raises(SystemExit, match="^error: stage 1 .* --stage2-updates"):
-            run(monkeypatch, "--resume", tmp_path / "whole", "--num-updates", longer)
+            run(monkeypatch, "--resume", tmp_path / "whole", *other)
     assert len(run(monkeypatch, "--resume", tmp_path / "whole", "--stage2-updates", 60)) == 0
     assert len(run(monkeypatch, "--resume", tmp_path / "whole", "--stage2-updates", 120)) == 40
 

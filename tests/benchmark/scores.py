@@ -113,6 +113,7 @@ def read_scores(cell, folder):
     if not path.exists():
         return []
     rows = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
+    rows.dtype.names = [name.rstrip("_") for name in rows.dtype.names]  # numpy makes `return` a `return_`
     kind = "normalized_score"
     if np.isnan(rows[kind]).any():
         kind = "return"
