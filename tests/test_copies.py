@@ -104,25 +104,16 @@ def update(x):
 '''
 
 
-@pytest.mark.parametrize(
-    "old, new, name",
-    [
-        ("2 * x", "3 * x", "double"),
-        ("no rounding", "no roundinG", "double"),
-        ("@property", "@propertY", "double"),
-        ("# why these", "# why those", "NAMES"),
-        ('"b": 2', '"b": 3', "NAMES"),
-    ],
-)
-def test_the_comparison_notices_one_character(tmp_path, old, new, name):
+def test_the_comparison_notices_one_character(tmp_path):
     """... but neither other places, nor other names, nor another update."""
     a, b = tmp_path / "a.py", tmp_path / "b.py"
     a.write_text(SAMPLE)
     b.write_text("OTHER = 1\n\n" + SAMPLE.replace("    return x\n", "    return -x\n"))
     assert differing_copies([a, b]) == []
-    assert SAMPLE.count(old) == 1
-    b.write_text(SAMPLE.replace(old, new))
-    assert differing_copies([a, b]) == [(name, "a.py", "b.py")]
+    changes = {"2 * x": "double", "rounding": "double", "@property": "double", "these": "NAMES", '"b"': "NAMES"}
+    for old, name in changes.items():
+        b.write_text(SAMPLE.replace(old, old.upper()))
+        assert differing_copies([a, b]) == [(name, "a.py", "b.py")]
 
 
 def size_table():
@@ -189,16 +180,10 @@ def test_imports_come_from_packages_only(script):
 
 @scripts
 def test_form(script):
-    """One statement a line, no two assignments in one, each name defined once; every flag in one line with
-    its help behind it; the sections in order, main() and its call last."""
+    """Each name defined once; every flag in one line with its help behind it; the sections in order, main() and
+    its call last."""
     text = script.read_text()
     tree = ast.parse(text)
-    assert not [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string == ";"]
-    for node in ast.walk(tree):
-        for inner in node.body if isinstance(getattr(node, "body", None), list) else []:
-            assert inner.lineno > getattr(node, "lineno", 0), f"line {inner.lineno}: behind a colon"
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
-            assert not isinstance(node.value, ast.Tuple), f"line {node.lineno}: two assignments"
     names = [name for node in tree.body if not isinstance(node, ast.AugAssign) for name in names_of(node)]
     assert sorted(names) == sorted(set(names))
 
