@@ -183,7 +183,7 @@ def test_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*map(str, world.command[1:]), "--write", str(document)])
     tables.main()
     text = document.read_text()
-    assert text.startswith("before\n<!-- table: toy -->\nA title.\n\nA claim.\n")
+    assert text.startswith("before\n<!-- table: toy -->\nA title. A claim.\n")
     assert text.endswith("<!-- end -->\nafter\n") and "old" not in text
     assert "| the data | mean 1.5 | best 9.0 | mean 1.5 | best 9.0 |" in text
     of_one = "710.0 [210.0, 1210.0] | 800.0 [300.0, 1300.0]"  # seeds: 20, 40, ..., 300, and 1000 more

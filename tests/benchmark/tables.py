@@ -141,7 +141,7 @@ def table(name, grid, cells, results, of_data):
         head += [f"{dataset}: {titles[0]}", *titles[1:]]
         texts = [f"{word} {score:.1f}" for word, score in zip(("mean", "best"), of_data[dataset])]
         data += texts + [""] * (len(titles) - len(texts))
-    text = [grid["title"], "", grid["claim"], ""]
+    text = [f"{grid['title']} {grid['claim']}", ""]
     text += [f"| | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     text.append(f"| the data | {' | '.join(data)} |")
     for row in grid["rows"]:
