@@ -34,7 +34,7 @@ What differs from the paper, or is not in it.
 Members:  python algorithms/cql_red.py --sampler uniform --policy-learning-rate 1e-4 --num-seeds 5
 Run:      python algorithms/bred.py --offline runs/cql_red/hopper/replay-v0/RUN
 CQL-ft:   --num-seeds 5 --uniform-replay --warm-up 0
-Expected: score 8.2 +- 1.0 over three ensembles (CQL-ft: 3.8 +- 0.5), by README's small command: weak members
+Expected: score 57 +- 12 (CQL-ft: 46 +- 16) as in tests/benchmark/grids/bred.toml; 8 +- 1 by README's small command
 Figure 4:   --initial-online-fraction 1
 Figure 5:   --independent
 Figure 10:  --num-seeds 5 --uniform-replay --warm-up 0 --conservative-online
