@@ -260,7 +260,7 @@ def test_ctrl_c_as_a_user(script, data, tmp_path, send):
     heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # where these tests ignore it, too
     process = subprocess.Popen(stopped, **options, **silent, **heard)
     harness.wait_for(tmp_path / "stopped" / "checkpoint.pt", lambda: process.poll() is None)
-    time.sleep(5)  # until a worker is at it
+    time.sleep(3)  # until a worker is at it
     send(process.pid, signal.SIGINT)
     try:
         assert process.wait(60) != 0
