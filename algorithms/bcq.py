@@ -804,7 +804,7 @@ def main():
     writer.add_histogram("data/return_of_transitions", transition_returns, 0)
     writer.add_histogram("data/return_of_draws", transition_returns, 0)  # uniform
     print(f"{len(transition_returns):,} transitions of {len(data.returns):,} episodes")
-    print(f"mean return {data.returns.mean():.1f} of the episodes, {transition_returns.mean():.1f} of the draws")
+    print(f"mean return {transition_returns.mean():.1f} by uniform draws")
     print(f"run folder {run_dir}; after a stop: python {sys.argv[0]} --resume {run_dir}")
 
     def learn(index, noise):  # one update for each batch of index (CHUNK, S, B)

@@ -85,6 +85,9 @@ def test_ends_of_d4rl_episodes(script, tmp_path):
     unfinished[-1][4][-1] = False
     data = load_data(script, write_d4rl(tmp_path / "hopper.hdf5", unfinished))
     assert data.returns.tolist() == [3, 12, 6] and data.lengths.tolist() == [2, 3, 1]
+    unfinished[1] = *unfinished[1][:3], np.float32([0, np.nan, 0]), unfinished[1][4]  # NaN is no end
+    assert load_data(script, write_d4rl(tmp_path / "hopper-nan.hdf5", unfinished)).returns.tolist() == [3, 12, 6]
+    unfinished[1] = steps([3, 4, 5])
     data = load_data(script, write_d4rl(tmp_path / "hopper-short.hdf5", unfinished, next_observations=False))
     assert data.returns.tolist() == [3, 12] and data.lengths.tolist() == [1, 2]
 

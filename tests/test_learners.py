@@ -35,7 +35,8 @@ def test_what_the_learner_sees(script, transform):
     by returns as logged. Every update has noise of its own, which is normal."""
     rng = np.random.default_rng(0)
     obs, next_obs = rng.normal(size=(2, 63, 4)).astype(np.float32)
-    obs[:, 0] = reward = np.arange(63, dtype=np.uint8)  # so that transitions have numbers
+    obs[:, 0] = np.arange(63)  # so that transitions have numbers
+    reward = np.arange(63, dtype=np.uint8)[::-1]  # the 0 is drawn
     action = rng.choice([-1.0, -0.3, 0.5, 1.0], (63, 2))
     terminated = rng.random(63) < 0.25
     returns, lengths = np.array([-1, 1, -0.5, 0]), np.array([3, 40, 8, 12])
@@ -53,7 +54,7 @@ def test_what_the_learner_sees(script, transform):
     i = inputs["obs"][..., 0].astype(int)
     np.testing.assert_array_equal(inputs["obs"], obs[i])
     np.testing.assert_allclose(inputs["action"], action.clip(-bound, bound)[i], rtol=1e-6)
-    np.testing.assert_allclose(inputs["reward"], factor * obs[i, 0] + shift, rtol=1e-6)
+    np.testing.assert_allclose(inputs["reward"], factor * (62 - obs[i, 0]) + shift, rtol=1e-6)
     np.testing.assert_array_equal(inputs["next_obs"], next_obs[i])
     np.testing.assert_array_equal(inputs["not_terminated"], 1 - terminated[i])
     P = np.repeat(returns + 1, lengths) / ((returns + 1) @ lengths)
