@@ -244,8 +244,7 @@ def test_numbers_that_no_update_survives_are_refused(script, tmp_path, column, v
     episodes[1][column][-1] = value
     refuses(script, write_minari(tmp_path / "m", episodes))
     if column == 2:
-        path = write_d4rl(tmp_path / "hopper.hdf5", episodes, next_observations=False)
-        refuses(script, path)
+        refuses(script, path := write_d4rl(tmp_path / "hopper.hdf5", episodes, next_observations=False))
         with h5py.File(path, "r+") as file:
             del file["rewards"]
             file["rewards"] = np.zeros((20, 2))  # of two tasks

@@ -35,8 +35,8 @@ def test_what_the_learner_sees(script, transform):
     by returns as logged. Every update has noise of its own, which is normal."""
     rng = np.random.default_rng(0)
     obs, next_obs = rng.normal(size=(2, 63, 4)).astype(np.float32)
-    obs[:, 0] = np.arange(63)  # so that transitions have numbers
-    reward = np.arange(63, dtype=np.uint8)[::-1]  # the 0 is drawn
+    obs[:, 0] = np.arange(63)  # numbers of transitions
+    reward = np.arange(63, dtype=np.uint8)[::-1]
     action = rng.choice([-1.0, -0.3, 0.5, 1.0], (63, 2))
     terminated = rng.random(63) < 0.25
     returns, lengths = np.array([-1, 1, -0.5, 0]), np.array([3, 40, 8, 12])
